@@ -1,0 +1,205 @@
+// Every op schema and its registration, on torch's stable ABI: one binary for every torch from 2.10 on.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <memory>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "checks.h"
+#include "cpu/route.h"
+#include "cpu/rows.h"
+#include "tensor.h"
+
+namespace elang {
+namespace {
+
+using HandleList = std::vector<Handle>;
+
+// A thread is worth waking for about this many multiply-adds.
+constexpr int64_t kGrain = 1 << 18;
+
+struct Decision {
+  Tensor score, order, n_routed;  // [N] float32, [N] int64, [1] int32
+
+  explicit Decision(int64_t rows)
+      : score(empty_cpu({rows}, aoti_torch_dtype_float32())),
+        order(empty_cpu({rows}, aoti_torch_dtype_int64())),
+        n_routed(empty_cpu({1}, aoti_torch_dtype_int32())) {}
+};
+
+Matrix matrix(const Tensor& t, const char* name) {
+  return {t.data(), float_type(t, name), t.strides()[0], t.strides()[1]};
+}
+
+void set_score(RouteArgs& args, int64_t kind, double temperature) {
+  STD_TORCH_CHECK(kind >= 0 && kind < kNumScores, "score: got ", kind, ", wanted an index into elang.reference.SCORES");
+  args.kind = static_cast<Score>(kind);
+  STD_TORCH_CHECK((args.kind == Score::logit) == (args.classes == 1) && args.classes > 0, "score: got C = ", args.classes,
+                  ", wanted C = 1 with `logit` and C >= 2 with any other");
+  STD_TORCH_CHECK(temperature > 0 && temperature < __builtin_inf(), "temperature: got ", temperature, ", wanted a finite number > 0");
+  args.temperature = static_cast<float>(temperature);
+}
+
+float read_threshold(double threshold) {
+  STD_TORCH_CHECK(threshold == threshold, "threshold: got NaN, wanted a number");
+  return static_cast<float>(threshold);
+}
+
+float read_threshold(Handle handle) {
+  const Tensor threshold(handle);
+  check_cpu(threshold, "threshold");
+  check_dtype(threshold, "threshold", aoti_torch_dtype_float32(), "float32");
+  if (threshold.dim() > 0) check_shape(threshold, "threshold", {1}, "[] or [1]");
+  return *threshold.data_as<const float>();
+}
+
+Decision decide(RouteArgs& args, float threshold) {
+  Decision decision(args.rows);
+  args.score = decision.score.data_as<float>();
+  const RouteKernel& kernel = route_kernel();
+  const int64_t scratch = kernel.scratch(args);
+  const auto run_blocks = [&](int64_t begin, int64_t end) {
+    constexpr int64_t kOnStack = 4096;
+    float stack[kOnStack];
+    const std::unique_ptr<float[]> heap(scratch > kOnStack ? new float[scratch] : nullptr);
+    kernel.rows(args, begin * kernel.lanes, std::min(end * kernel.lanes, args.rows), heap ? heap.get() : stack);
+  };
+  const int64_t blocks = (args.rows + kernel.lanes - 1) / kernel.lanes;
+  const int64_t grain = kGrain / (kernel.lanes * args.classes * (args.width + 1)) + 1;
+  if (blocks <= grain) run_blocks(0, blocks);
+  else torch::stable::parallel_for(0, blocks, grain, run_blocks);
+  partition(args.score, args.rows, threshold, decision.order.data_as<int64_t>(), decision.n_routed.data_as<int32_t>());
+  return decision;
+}
+
+template <class Threshold>
+std::tuple<Handle, Handle, Handle, Handle> route_cpu(
+    Handle hidden_handle, Handle weight_handle, std::optional<Handle> bias_handle, Threshold threshold_arg, int64_t score,
+    double temperature) {
+  const Tensor hidden(hidden_handle), weight(weight_handle), bias(bias_handle.value_or(Handle{nullptr}));
+  const float threshold = read_threshold(threshold_arg);
+  check_cpu(hidden, "hidden");
+  check_shape(hidden, "hidden", {-1, -1}, "[N, H]");
+  RouteArgs args{};
+  args.rows = hidden.sizes()[0], args.width = hidden.sizes()[1];
+  check_cpu(weight, "weight");
+  check_shape(weight, "weight", {-1, args.width}, "[C, H] with the H of hidden");
+  args.classes = weight.sizes()[0];
+  args.hidden = matrix(hidden, "hidden"), args.weight = matrix(weight, "weight");
+  if (bias_handle) {
+    check_cpu(bias, "bias");
+    check_shape(bias, "bias", {args.classes}, "[C] with the C of weight");
+    args.bias = {bias.data(), float_type(bias, "bias"), bias.strides()[0], 1};
+  }
+  set_score(args, score, temperature);
+  Tensor logits = empty_cpu({args.rows, args.classes}, hidden.dtype());
+  args.logits = logits.data_as<void>();
+  Decision d = decide(args, threshold);
+  return {logits.release(), d.score.release(), d.order.release(), d.n_routed.release()};
+}
+
+template <class Threshold>
+std::tuple<Handle, Handle, Handle> route_logits_cpu(
+    Handle logits_handle, Threshold threshold_arg, int64_t score, double temperature) {
+  const Tensor logits(logits_handle);
+  const float threshold = read_threshold(threshold_arg);
+  check_cpu(logits, "logits");
+  check_shape(logits, "logits", {-1, -1}, "[N, C]");
+  RouteArgs args{};
+  args.rows = logits.sizes()[0], args.classes = logits.sizes()[1];
+  args.hidden = matrix(logits, "logits");
+  set_score(args, score, temperature);
+  Decision d = decide(args, threshold);
+  return {d.score.release(), d.order.release(), d.n_routed.release()};
+}
+
+Rows rows_of(const Tensor& t) {
+  return {static_cast<const char*>(t.data()), t.item_bytes(), t.strides()[0], static_cast<int>(t.dim()) - 1,
+          t.sizes() + 1, t.strides() + 1};
+}
+
+// The partition that gather and merge follow; its numbers become addresses, so each is checked.
+struct Partition {
+  const Tensor order_tensor, n_routed_tensor;
+  const int64_t* order = nullptr;
+  int64_t rows = 0, n_routed = 0;
+
+  Partition(Handle order_handle, Handle n_routed_handle) : order_tensor(order_handle), n_routed_tensor(n_routed_handle) {
+    check_cpu(order_tensor, "order");
+    check_dtype(order_tensor, "order", aoti_torch_dtype_int64(), "int64");
+    check_shape(order_tensor, "order", {-1}, "[N]");
+    rows = order_tensor.sizes()[0];
+    STD_TORCH_CHECK(rows <= 1 || order_tensor.strides()[0] == 1, "order: got a strided tensor, wanted a contiguous one");
+    order = order_tensor.data_as<const int64_t>();
+    for (int64_t i = 0; i < rows; ++i)
+      STD_TORCH_CHECK(order[i] >= 0 && order[i] < rows, "order: got ", order[i], ", wanted rows in [0, ", rows, ")");
+    check_cpu(n_routed_tensor, "n_routed");
+    check_dtype(n_routed_tensor, "n_routed", aoti_torch_dtype_int32(), "int32");
+    check_shape(n_routed_tensor, "n_routed", {1}, "[1]");
+    n_routed = *n_routed_tensor.data_as<const int32_t>();
+    STD_TORCH_CHECK(n_routed >= 0 && n_routed <= rows, "n_routed: got ", n_routed, ", wanted 0 to N = ", rows);
+  }
+};
+
+HandleList gather_rows_cpu(HandleList handles, Handle order, Handle n_routed, int64_t capacity) {
+  std::vector<Tensor> tensors;
+  for (Handle h : handles) tensors.emplace_back(h);
+  const Partition partition(order, n_routed);
+  STD_TORCH_CHECK(capacity >= 0 && (capacity == 0 || partition.rows > 0), "capacity: got ", capacity,
+                  ", wanted 0 where there are no rows and at least 0 elsewhere");
+  std::vector<Tensor> gathered;
+  for (const Tensor& t : tensors) {
+    check_cpu(t, "tensors");
+    STD_TORCH_CHECK(t.dim() > 0 && t.sizes()[0] == partition.rows, "tensors: got shape ", shape_of(t), ", wanted [N, ...] with the N of order");
+    std::vector<int64_t> sizes(t.sizes(), t.sizes() + t.dim());
+    sizes[0] = capacity;
+    gathered.push_back(empty_cpu(t.dim(), sizes.data(), t.dtype()));
+    gather(rows_of(t), partition.order, partition.n_routed, capacity, gathered.back().data_as<char>());
+  }
+  HandleList out;
+  for (Tensor& t : gathered) out.push_back(t.release());
+  return out;
+}
+
+Handle merge_rows_cpu(Handle kept_handle, Handle routed_handle, Handle order, Handle n_routed) {
+  const Tensor kept(kept_handle), routed(routed_handle);
+  const Partition partition(order, n_routed);
+  check_cpu(kept, "kept");
+  check_cpu(routed, "routed");
+  STD_TORCH_CHECK(kept.dim() > 0 && kept.sizes()[0] == partition.rows, "kept: got shape ", shape_of(kept), ", wanted [N, ...] with the N of order");
+  const bool same_inner = routed.dim() == kept.dim() && std::equal(kept.sizes() + 1, kept.sizes() + kept.dim(), routed.sizes() + 1);
+  STD_TORCH_CHECK(same_inner, "routed: got shape ", shape_of(routed), ", wanted [K, ...] with the inner shape of kept ", shape_of(kept));
+  check_dtype(kept, "kept", routed.dtype(), "that of routed");
+  Tensor merged = empty_cpu(kept.dim(), kept.sizes(), kept.dtype());
+  merge(rows_of(kept), partition.rows, rows_of(routed), partition.order,
+        std::min(partition.n_routed, routed.sizes()[0]), merged.data_as<char>());
+  return merged.release();
+}
+
+}  // namespace
+}  // namespace elang
+
+STABLE_TORCH_LIBRARY(elang, m) {
+  // `score` indexes elang.reference.SCORES. Results: logits [N, C], score [N] float32, order [N] int64, n_routed [1] int32.
+  m.def("route(Tensor hidden, Tensor weight, Tensor? bias, float threshold, int score, float temperature)"
+        " -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("route.device_threshold(Tensor hidden, Tensor weight, Tensor? bias, Tensor threshold, int score, float temperature)"
+        " -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("route_logits(Tensor logits, float threshold, int score, float temperature) -> (Tensor, Tensor, Tensor)");
+  m.def("route_logits.device_threshold(Tensor logits, Tensor threshold, int score, float temperature)"
+        " -> (Tensor, Tensor, Tensor)");
+  m.def("gather_rows(Tensor[] tensors, Tensor order, Tensor n_routed, SymInt capacity) -> Tensor[]");
+  m.def("merge_rows(Tensor kept, Tensor routed, Tensor order, Tensor n_routed) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(elang, CPU, m) {
+  m.impl("route", TORCH_BOX(&elang::route_cpu<double>));
+  m.impl("route.device_threshold", TORCH_BOX(&elang::route_cpu<elang::Handle>));
+  m.impl("route_logits", TORCH_BOX(&elang::route_logits_cpu<double>));
+  m.impl("route_logits.device_threshold", TORCH_BOX(&elang::route_logits_cpu<elang::Handle>));
+  m.impl("gather_rows", TORCH_BOX(&elang::gather_rows_cpu));
+  m.impl("merge_rows", TORCH_BOX(&elang::merge_rows_cpu));
+}

@@ -1,0 +1,62 @@
+"""Energy-routed inference: a small Swift model answers the easy inputs, an unmodified large Super model the rest.
+
+`__all__` is the versioned surface. Importing elang imports nothing else: torch, transformers and the compiled ops are
+loaded by the first name that needs them, or all at once by `elang.warmup()`.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from elang.backbones import register_backbone
+    from elang.calibration import Calibration, InfeasibleTarget, calibrate
+    from elang.joint import JointClassifier
+    from elang.ops import gather_rows, merge_rows, route, route_logits, warmup
+    from elang.reference import Route
+    from elang.router import Router
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Calibration": "calibration",
+    "InfeasibleTarget": "calibration",
+    "JointClassifier": "joint",
+    "Route": "reference",
+    "Router": "router",
+    "calibrate": "calibration",
+    "gather_rows": "ops",
+    "merge_rows": "ops",
+    "register_backbone": "backbones",
+    "route": "ops",
+    "route_logits": "ops",
+    "warmup": "ops",
+}
+
+__all__ = [
+    "Calibration",
+    "InfeasibleTarget",
+    "JointClassifier",
+    "Route",
+    "Router",
+    "calibrate",
+    "gather_rows",
+    "merge_rows",
+    "register_backbone",
+    "route",
+    "route_logits",
+    "warmup",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'elang' has no attribute {name!r}")
+    value = getattr(import_module(f"elang.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

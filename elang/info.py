@@ -1,0 +1,72 @@
+"""What is installed here and which backend serves each op: `python -m elang.info`, or `elang info`. Never raises."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+import sys
+from collections.abc import Callable
+from importlib import metadata
+from typing import Any
+
+PACKAGES = ("elang", "torch", "numpy", "transformers", "safetensors", "triton")
+OPS = ("route", "route_logits", "gather_rows", "merge_rows")
+
+
+def _try(read: Callable[[], Any]) -> Any:
+    try:
+        return read()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _build() -> str:
+    config = importlib.import_module("elang._C").build_config()
+    return ", ".join(f"{key} {value or 'none'}" for key, value in config.items())
+
+
+def _devices() -> str:
+    torch = importlib.import_module("torch")
+    cpu = f"cpu ({torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()})"
+    if not torch.cuda.is_available():
+        return f"{cpu}; no CUDA device"
+    return "; ".join([cpu, *(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))])
+
+
+def _backend() -> str:
+    ops = importlib.import_module("elang.ops")
+    ops.warmup()
+    forced = "ELANG_BACKEND forces it" if "ELANG_BACKEND" in os.environ else "the default"
+    return f"{ops.backend()} ({forced})"
+
+
+def collect() -> dict[str, str]:
+    """Everything a bug report needs, as printable values; what cannot be read holds its error instead."""
+    facts = {
+        "python": sys.version.replace("\n", " "),
+        "platform": platform.platform(),
+        **{package: _version(package) for package in PACKAGES},
+        "build": _try(_build),
+        "devices": _try(_devices),
+    }
+    served = _try(_backend)
+    return facts | {f"op {op}": served for op in OPS}
+
+
+def main() -> None:
+    facts = collect()
+    width = max(map(len, facts))
+    for key, value in facts.items():
+        print(f"{key:<{width}}  {value}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from elang import ops
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items):
+    no_gpu = pytest.mark.skip(reason="no CUDA device")
+    no_kernel = pytest.mark.skip(reason="ELANG_BACKEND=reference: about the compiled kernel")
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(no_gpu)
+        if "compiled" in item.keywords and ops.backend() == "reference":
+            item.add_marker(no_kernel)
+
+
+def _ulp(values: Tensor, dtype: torch.dtype) -> Tensor:
+    info = torch.finfo(dtype)
+    return (values.abs() * info.eps).clamp(min=info.tiny)
+
+
+def assert_accurate(actual: Tensor, eager: Tensor, truth: Tensor) -> None:
+    """The error of `actual` against the float64 `truth` is at most twice that of same-dtype `eager`, plus 4 ulp."""
+    assert actual.shape == truth.shape
+    finite = truth.isfinite()
+    assert torch.equal(actual.isfinite(), finite)
+    truth = truth[finite]
+    if not truth.numel():
+        return
+    eager_error = (eager.double()[finite] - truth).abs().max()
+    error = (actual.double()[finite] - truth).abs()
+    allowed = 2 * eager_error + 4 * _ulp(truth, actual.dtype)
+    worst = (error - allowed).argmax()
+    assert (error <= allowed).all(), f"error {error[worst]:.3g}, allowed {allowed[worst]:.3g}"
+
+
+def assert_partition(route, threshold: float) -> None:
+    """`order` and `n_routed` are exactly the stable partition that the returned scores ask for."""
+    keep = route.score.isfinite() & (route.score >= torch.tensor(threshold, dtype=torch.float32))
+    rows = torch.arange(len(keep))
+    assert torch.equal(route.order, torch.cat([rows[~keep], rows[keep]]))
+    assert route.n_routed.tolist() == [int((~keep).sum())]
+    assert (route.order.dtype, route.n_routed.dtype) == (torch.int64, torch.int32)

@@ -1,0 +1,165 @@
+"""gather_rows and merge_rows against reference.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.library import opcheck
+
+import elang
+from elang import reference
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.bool)
+
+
+def partition(keep):
+    return reference.partition(torch.tensor(keep, dtype=torch.bool))
+
+
+def filled(shape, dtype):
+    return torch.randint(0, 2 if dtype is torch.bool else 100, shape).to(dtype)
+
+
+@settings(deadline=None, max_examples=150)
+@given(keep=st.lists(st.booleans(), min_size=1, max_size=40), extra=st.integers(-3, 5), data=st.data())
+def test_matches_reference(keep, extra, data):
+    order, n_routed = partition(keep)
+    capacity = max(int(n_routed) + extra, 0)
+    dtype = data.draw(st.sampled_from(DTYPES))
+    inner = data.draw(st.lists(st.integers(0, 5), max_size=3))
+    ids, mask = filled((len(keep), *inner), dtype), filled((len(keep), 7), torch.int64)
+    got = elang.gather_rows([ids, mask], order, n_routed, capacity)
+    wanted = reference.gather_rows([ids, mask], order, n_routed, capacity)
+    for g, w in zip(got, wanted, strict=True):
+        assert torch.equal(g, w)
+        assert g.is_contiguous()
+    answers = filled((capacity, *inner), dtype)
+    merged = elang.merge_rows(ids, answers, order, n_routed)
+    assert torch.equal(merged, reference.merge_rows(ids, answers, order, n_routed))
+
+
+@settings(deadline=None, max_examples=100)
+@given(keep=st.lists(st.booleans(), min_size=0, max_size=40), padding=st.integers(0, 4))
+def test_every_row_gets_exactly_one_answer_in_input_order(keep, padding):
+    n = len(keep)
+    order, n_routed = partition(keep)
+    rows = torch.arange(n)
+    capacity = int(n_routed) + (padding if n else 0)
+    (gathered,) = elang.gather_rows([rows], order, n_routed, capacity)
+    merged = elang.merge_rows(rows, gathered + 1000, order, n_routed)
+    assert merged.tolist() == [i if k else i + 1000 for i, k in enumerate(keep)]
+
+
+def test_padding_repeats_a_real_row_and_never_reaches_an_answer():
+    order, n_routed = partition([True, False, True, False])
+    (got,) = elang.gather_rows([torch.tensor([10, 11, 12, 13])], order, n_routed, 5)
+    assert got.tolist() == [11, 13, 13, 13, 13]
+    poisoned = torch.tensor([1.0, 2.0, float("nan"), float("inf")])
+    assert elang.merge_rows(torch.zeros(4), poisoned, order, n_routed).tolist() == [0, 1, 0, 2]
+
+
+def test_nothing_routed_pads_with_a_kept_row():
+    order, n_routed = partition([True, True])
+    (got,) = elang.gather_rows([torch.tensor([7, 8])], order, n_routed, 2)
+    assert got.tolist() == [7, 7]
+    assert elang.merge_rows(torch.tensor([7, 8]), torch.tensor([0, 0]), order, n_routed).tolist() == [7, 8]
+
+
+def test_strided_rows_of_a_larger_buffer():
+    order, n_routed = partition([False, True, False])
+    buffer = torch.arange(6 * 4 * 10).reshape(6, 4, 10)
+    for view in (buffer[::2, :3, :5], buffer[::2, 1:3, ::3], buffer.permute(2, 1, 0)[:3], buffer[:1].expand(3, 4, 10)):
+        (got,) = elang.gather_rows([view], order, n_routed, 2)
+        assert torch.equal(got, view[[0, 2]])
+        assert torch.equal(elang.merge_rows(view, -got, order, n_routed), torch.stack([-view[0], view[1], -view[2]]))
+        assert torch.equal(elang.merge_rows(view, (-view)[[0, 2]], order, n_routed)[0], -view[0])
+
+
+def test_empty_batch_and_no_tensors():
+    order, n_routed = partition([])
+    (got,) = elang.gather_rows([torch.empty(0, 3)], order, n_routed, 0)
+    assert got.shape == (0, 3)
+    assert elang.gather_rows([], order, n_routed, 0) == []
+    assert elang.merge_rows(torch.empty(0, 3), torch.empty(0, 3), order, n_routed).shape == (0, 3)
+
+
+@pytest.mark.parametrize("kept", DTYPES[:3], ids=str)
+@pytest.mark.parametrize("routed", DTYPES[:3], ids=str)
+def test_merge_answers_in_the_dtype_of_super(kept, routed):
+    order, n_routed = partition([True, False])
+    got = elang.merge_rows(torch.tensor([0.1, 0.2]).to(kept), torch.tensor([0.3]).to(routed), order, n_routed)
+    assert got.dtype == routed
+    assert torch.equal(got, torch.stack([torch.tensor(0.1).to(kept).to(routed), torch.tensor(0.3).to(routed)]))
+
+
+def test_inputs_are_unchanged_and_outputs_are_new():
+    order, n_routed = partition([False, False])
+    x = torch.tensor([1.0, 2.0])
+    (got,) = elang.gather_rows([x], order, n_routed, 2)
+    merged = elang.merge_rows(x, got, order, n_routed)
+    got += 1
+    merged += 1
+    assert x.tolist() == [1, 2]
+
+
+@pytest.mark.compiled
+def test_opcheck():
+    order, n_routed = partition([True, False, False])
+    x = torch.randn(3, 4)
+    opcheck(torch.ops.elang.gather_rows.default, ([x, x.long()], order, n_routed, 3))
+    opcheck(torch.ops.elang.merge_rows.default, (x, x[:2].clone(), order, n_routed))
+
+
+def test_torch_compile_without_a_break():
+    def f(x, order, n_routed):
+        rows = elang.gather_rows([x, x * 2], order, n_routed, 2)
+        return elang.merge_rows(x, rows[1], order, n_routed)
+
+    torch.compiler.reset()
+    compiled = torch.compile(f, fullgraph=True, dynamic=True)
+    for keep in ([True, False, False], [False, True, True, True]):
+        order, n_routed = partition(keep)
+        x = torch.randn(len(keep), 3)
+        assert torch.equal(compiled(x, order, n_routed), f(x, order, n_routed))
+
+
+def test_backward_is_refused():
+    order, n_routed = partition([False, True])
+    x = torch.randn(2, 3, requires_grad=True)
+    with pytest.raises(RuntimeError, match="inference"):
+        elang.gather_rows([x], order, n_routed, 1)[0].sum().backward()
+    with pytest.raises(RuntimeError, match="inference"):
+        elang.merge_rows(x, x[:1].detach(), order, n_routed).sum().backward()
+
+
+def test_refusals():
+    order, n_routed = partition([True, False])
+    x = torch.randn(2, 3)
+    gather = elang.gather_rows
+    with pytest.raises(ValueError, match=r"tensors\[1\]: .*\[3, 3\].*wanted \[2, ...\]"):
+        gather([x, torch.randn(3, 3)], order, n_routed, 1)
+    with pytest.raises(TypeError, match=r"tensors\[0\]: got list"):
+        gather([[1, 2]], order, n_routed, 1)
+    with pytest.raises(ValueError, match="order: .*wanted int64"):
+        gather([x], order.int(), n_routed, 1)
+    with pytest.raises(ValueError, match="n_routed: .*wanted int32"):
+        gather([x], order, n_routed.long(), 1)
+    with pytest.raises(ValueError, match="capacity: got -1"):
+        gather([x], order, n_routed, -1)
+    with pytest.raises(TypeError, match="capacity: got 1.5"):
+        gather([x], order, n_routed, 1.5)
+    with pytest.raises(ValueError, match=r"kept: .*wanted \[2, ...\]"):
+        elang.merge_rows(torch.randn(3, 3), x[:1], order, n_routed)
+    with pytest.raises(ValueError, match=r"routed: .*\[1, 4\].*\[2, 3\]"):
+        elang.merge_rows(x, torch.randn(1, 4), order, n_routed)
+
+
+@pytest.mark.compiled
+def test_an_order_that_points_outside_is_refused():
+    _, n_routed = partition([True, False])
+    with pytest.raises(RuntimeError, match=r"order: got 2, wanted rows in \[0, 2\)"):
+        elang.gather_rows([torch.randn(2)], torch.tensor([0, 2]), n_routed, 1)
+    with pytest.raises(RuntimeError, match="n_routed: got 3"):
+        elang.merge_rows(torch.randn(2), torch.randn(1), torch.arange(2), torch.tensor([3], dtype=torch.int32))
