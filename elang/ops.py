@@ -24,7 +24,9 @@ from elang.reference import SCORES, Route
 BACKENDS = ("cpp", "reference")
 ISAS = ("baseline", "avx2", "avx512")
 
+# Bound once, and a NamedTuple made as a plain tuple is: a call of `route` takes 4 us, of which these would be a tenth.
 _grad_enabled = torch.is_grad_enabled
+_new_tuple = tuple.__new__
 _SCORE_INDEX = {name: index for index, name in enumerate(SCORES)}
 
 
@@ -238,10 +240,10 @@ def route(
     Source: E-LANG (arXiv 2203.00748), the free energy and the routing rule.
     """
     try:
-        op = _ROUTE_DEVICE_THRESHOLD if isinstance(threshold, Tensor) else _ROUTE
+        op = _ROUTE if isinstance(threshold, (float, int)) else _ROUTE_DEVICE_THRESHOLD
         if _grad_enabled() and _needs_refusal((hidden, weight, bias)):
             op = partial(_InferenceOnly.apply, op)
-        return Route(*op(hidden, weight, bias, threshold, _SCORE_INDEX[score], temperature))
+        return _new_tuple(Route, op(hidden, weight, bias, threshold, _SCORE_INDEX[score], temperature))
     except Exception:
         checks.route(hidden, weight, bias, threshold, score, temperature)
         raise
@@ -272,7 +274,7 @@ def route_logits(
     Source: E-LANG (arXiv 2203.00748), the free energy and the routing rule.
     """
     try:
-        op = _ROUTE_LOGITS_DEVICE_THRESHOLD if isinstance(threshold, Tensor) else _ROUTE_LOGITS
+        op = _ROUTE_LOGITS if isinstance(threshold, (float, int)) else _ROUTE_LOGITS_DEVICE_THRESHOLD
         if _grad_enabled() and _needs_refusal((logits,)):
             op = partial(_InferenceOnly.apply, op)
         return Route(logits, *op(logits, threshold, _SCORE_INDEX[score], temperature))

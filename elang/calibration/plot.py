@@ -1,0 +1,86 @@
+"""The picture of a `Calibration`: accuracy against the share of rows that Swift keeps."""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from elang.calibration.calibration import Calibration
+
+CHOSEN, GREY = "#1f5fbf", "#6b7280"
+OTHERS = ("#d97706", "#0f9d76", "#b83280", "#7c5cd6", "#8a6d3b", "#0891b2", "#c2410c")
+
+
+def plot_calibration(calibration: Calibration) -> Figure:
+    """Every score's curve, the chosen one with its interval and point; random routing, Swift and Super to compare."""
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import PercentFormatter
+    except ImportError as error:
+        raise ImportError("Calibration.plot needs matplotlib: pip install 'elang[report]'") from error
+
+    c, target = calibration, calibration.target
+    figure = Figure(figsize=(8, 6), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    for name, accuracy, x in (("Super", c.super_accuracy, 1.0), ("Swift", c.swift_accuracy, 0.0)):
+        axes.axhline(accuracy, color=GREY, linewidth=0.8, linestyle="--")
+        # Each name stands at the end where the curves are far from its line.
+        axes.annotate(
+            f" {name} {accuracy:.1%} ",
+            (x, accuracy),
+            (0, 3),
+            textcoords="offset points",
+            horizontalalignment="right" if x else "left",
+            color=GREY,
+        )
+    axes.plot(
+        [0, 1], [c.super_accuracy, c.swift_accuracy], color=GREY, linestyle=":", label="random routing (expected)"
+    )
+
+    alike: dict[tuple[tuple[float, ...], ...], list[str]] = {}
+    for name, curve in c.curves.items():
+        alike.setdefault((curve.share_kept, curve.accuracy), []).append(name)
+    colors = itertools.cycle(OTHERS)
+    for (share_kept, accuracies), names in alike.items():
+        if c.score not in names:
+            axes.plot(share_kept, accuracies, color=next(colors), linewidth=1, label=" = ".join(names))
+
+    chosen = c.curve
+    same = "".join(f" = {name}" for name in alike[chosen.share_kept, chosen.accuracy] if name != c.score)
+    axes.fill_between(
+        chosen.share_kept,
+        chosen.lower,
+        chosen.upper,
+        color=CHOSEN,
+        alpha=0.12,
+        linewidth=0,
+        label=f"{100 * c.confidence:.4g}% interval",
+    )
+    axes.plot(chosen.share_kept, chosen.accuracy, color=CHOSEN, linewidth=2.2, label=f"{c.score}{same}")
+    axes.plot(
+        target.share_kept,
+        target.accuracy,
+        "o",
+        color=CHOSEN,
+        markeredgecolor="white",
+        markeredgewidth=1.5,
+        markersize=10,
+        zorder=5,
+        clip_on=False,
+        label=f"chosen: {target.share_kept:.1%} kept, accuracy {target.accuracy:.1%}",
+    )
+    axes.set_xlim(0, 1)
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.set_xlabel("share of rows kept by Swift")
+    axes.set_ylabel("accuracy of the joint model")
+    axes.grid(color="#e5e7eb", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title(f"{c.provenance.data or 'calibration rows'} (n = {c.n})", loc="left")
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles[::-1], labels[::-1], loc="outside lower left", ncols=2, frameon=False, fontsize="small")
+    return figure

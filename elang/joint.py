@@ -1,0 +1,314 @@
+"""Swift and Super behind one `forward()`: a drop-in for a Hugging Face sequence classifier."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModelForSequenceClassification
+from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.utils.generic import ModelOutput
+
+from elang import backbones
+from elang.dispatch import MODES, Routing, SuperInputs
+from elang.reference import Route
+from elang.router import Router
+
+LabelMap = Mapping[str | int, str | int]
+
+SETTINGS = "elang.json"
+
+
+class JointClassifier(nn.Module):
+    """Swift answers the rows it is sure of, Super the others; called and used like either of them.
+
+    The answer is of Super's output class: `logits` [N, C] in input order and Super's label order, `loss`
+    (cross-entropy on these logits) if `labels` are given, and `.routing` (a `Routing`) as a plain attribute. For
+    inference only: no gradients, and both models have to be in eval mode. Neither model is changed, nor moved; many
+    joints and threads may share them. Swift is split at its head here, once: give it its adapters, hooks or
+    `torch.compile` before.
+
+    Args:
+        swift: a Hugging Face sequence classifier, a model known to `register_backbone`, or any callable that returns
+            logits.
+        super_: any callable that takes the same keyword inputs (or those of `super_inputs`) and returns logits.
+        router: score and threshold; moved to Swift's device.
+        dispatch: one of `elang.dispatch.MODES`.
+        super_inputs: `super_inputs(inputs: dict, rows: LongTensor) -> dict` builds Super's inputs for the routed
+            rows, where they are not Swift's (another tokenizer, say). `rows` is [n_routed] int64.
+        label_map: Swift's label -> Super's label, by name or by class number, for all labels. Needed unless both
+            models carry the same label names, whose order and case may differ.
+        trim: cut trailing padding that no routed row needs; False for a Super that looks past `attention_mask`.
+        super_device: where Super's inputs are sent, if Super is not on Swift's device.
+
+    Raises:
+        ValueError: unknown dispatch mode, multi-label or regression head, labels that do not match.
+    """
+
+    swift: Any
+    super_: Any
+    _permutation: Tensor | None  # [C] int64, Swift's column of each of Super's labels; None: the same order
+
+    def __init__(
+        self,
+        swift: Callable[..., Any],
+        super_: Callable[..., Any],
+        router: Router,
+        dispatch: str = "exact",
+        super_inputs: SuperInputs | None = None,
+        label_map: LabelMap | None = None,
+        trim: bool = True,
+        super_device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        if dispatch not in MODES:
+            raise ValueError(f"dispatch: got {dispatch!r}, wanted one of {', '.join(MODES)}")
+        _refuse_other_heads(swift, "swift")
+        _refuse_other_heads(super_, "super_")
+        self.swift = swift
+        self.super_ = super_
+        self.dispatch = dispatch
+        self.super_inputs = super_inputs
+        self.trim = trim
+        self.super_device = None if super_device is None else torch.device(super_device)
+        self.backbone = backbones.find(swift)
+        self.router = router
+        head = self.backbone.head
+        # A Swift spread over devices ends on another one than it starts on.
+        router.to(self.device if head is None else head.weight.device)
+
+        columns = _swift_columns(swift, super_, label_map)
+        permutation = None if columns == sorted(columns) else torch.tensor(columns, device=router.threshold.device)
+        self.register_buffer("_permutation", permutation, persistent=False)
+        self.label_map = label_map
+        self.config = _config(swift, super_, columns)
+        self._output_class = _annotated_output(super_)
+        parameters = chain(_parameters(super_), _parameters(swift), (router.threshold,))
+        # In a tuple: a parameter that is an attribute is registered, and would be in the state twice.
+        self._typed = (next(p for p in parameters if p.is_floating_point()),)
+        self.training = False
+
+    @torch.no_grad()
+    def forward(
+        self,
+        input_ids: Tensor | None = None,  # [N, M]
+        attention_mask: Tensor | None = None,  # [N, M]
+        token_type_ids: Tensor | None = None,  # [N, M]
+        position_ids: Tensor | None = None,  # [N, M] or [1, M]
+        inputs_embeds: Tensor | None = None,  # [N, M, H]
+        labels: Tensor | None = None,  # [N] int64
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **inputs: Any,
+    ) -> ModelOutput | tuple[Any, ...]:
+        """Answer every row, in input order. Both models get whatever is given beside `labels` and the output options.
+
+        Raises:
+            ValueError: `output_attentions`, `output_hidden_states` or `use_cache` asked for (the two models' cannot
+                be merged), or a model's output has the wrong shape.
+            RuntimeError: Swift or Super is in training mode.
+        """
+        if output_attentions or output_hidden_states or inputs.get("use_cache"):
+            raise ValueError("output_attentions, output_hidden_states, use_cache: of two models only the logits merge")
+        for name, model in (("swift", self.swift), ("super_", self.super_)):
+            if getattr(model, "training", False):
+                raise RuntimeError(
+                    f"{name}: in training mode, wanted eval mode: call .eval() on it or on the joint model"
+                )
+        named = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "token_type_ids": token_type_ids,
+            "position_ids": position_ids,
+            "inputs_embeds": inputs_embeds,
+        }
+        inputs = {name: value for name, value in {**named, **inputs}.items() if value is not None}
+
+        route = self._route(inputs)
+        logits, output = MODES[self.dispatch](
+            route,
+            self.super_,
+            inputs,
+            super_inputs=self.super_inputs,
+            trim=self.trim,
+            super_device=self.super_device,
+        )
+        if output is None:
+            logits = logits.to(self.dtype)
+        loss = None if labels is None else F.cross_entropy(logits, labels.to(logits.device).view(-1))
+        output_class = type(output) if isinstance(output, ModelOutput) else self._output_class
+        answer = output_class(loss=loss, logits=logits)
+        if return_dict is False:
+            return answer.to_tuple()
+        mode = self.dispatch if self.backbone.head is not None else f"{self.dispatch}+route_logits"
+        answer.routing = Routing(route.score, route.order, route.n_routed, None, None, mode)
+        return answer
+
+    def _route(self, inputs: dict[str, Any]) -> Route:
+        """Swift's decision about every row, its logits in Super's label order."""
+        hidden, head = backbones.logits_of(self.backbone.run(**inputs)), self.backbone.head
+        if head is None:
+            route = self.router.from_logits(hidden)
+        elif hidden.dim() == 2 and hidden.shape[1] == head.in_features:
+            route = self.router(hidden, head.weight, head.bias)
+        else:
+            raise ValueError(
+                f"swift: got {list(hidden.shape)} as the input of its head, wanted [N, {head.in_features}]: "
+                "its forward does more after the head than to pick positions, see elang.register_backbone"
+            )
+        return route if self._permutation is None else route._replace(logits=route.logits[:, self._permutation])
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go: Swift's device."""
+        return next(chain(_parameters(self.swift), (self.router.threshold,))).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the logits: Super's, or Swift's if Super has no parameters to tell."""
+        return self._typed[0].dtype
+
+    def can_generate(self) -> bool:
+        return False
+
+    def save_pretrained(self, folder: str | Path, **kwargs: Any) -> None:
+        """Write both models (`swift/`, `super/`, safetensors) and `elang.json`: router, dispatch and label settings.
+
+        `super_inputs` is code and `super_device` belongs to a machine: pass them to `from_pretrained` again.
+        `kwargs` go to both models' `save_pretrained`.
+
+        Raises:
+            TypeError: a model without `save_pretrained`.
+        """
+        folder = Path(folder)
+        for name, model in (("swift", self.swift), ("super_", self.super_)):
+            if not hasattr(model, "save_pretrained"):
+                raise TypeError(f"{name}: got {type(model).__name__}, wanted a model with save_pretrained")
+        threshold = self.router.threshold.item()
+        settings = {
+            "router": {
+                "score": self.router.score,
+                # JSON has no infinity; every finite float32 survives it exactly.
+                "threshold": threshold if math.isfinite(threshold) else str(threshold),
+                "temperature": self.router.temperature,
+            },
+            "joint": {
+                "dispatch": self.dispatch,
+                "label_map": None if self.label_map is None else list(self.label_map.items()),
+                "trim": self.trim,
+            },
+            "super_inputs": self.super_inputs is not None,
+        }
+        text = json.dumps(settings, indent=2) + "\n"
+        self.swift.save_pretrained(folder / "swift", **kwargs)
+        self.super_.save_pretrained(folder / "super", **kwargs)
+        (folder / SETTINGS).write_text(text, encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        *,
+        super_inputs: SuperInputs | None = None,
+        super_device: torch.device | str | None = None,
+        **kwargs: Any,
+    ) -> JointClassifier:
+        """Read what `save_pretrained` wrote. `kwargs` go to both models' `from_pretrained`.
+
+        Raises:
+            ValueError: the pair was saved with a `super_inputs` and none is given.
+        """
+        folder = Path(folder)
+        settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        if settings["super_inputs"] and super_inputs is None:
+            raise ValueError("super_inputs: got None, wanted the function that this pair was saved with")
+        router, joint = settings["router"], settings["joint"]
+        if joint["label_map"] is not None:
+            joint["label_map"] = dict(joint["label_map"])
+        swift, super_ = (
+            AutoModelForSequenceClassification.from_pretrained(folder / name, use_safetensors=True, **kwargs)
+            for name in ("swift", "super")
+        )
+        router["threshold"] = float(router["threshold"])
+        return cls(swift, super_, Router(**router), super_inputs=super_inputs, super_device=super_device, **joint)
+
+
+def _parameters(model: Any) -> Iterator[Tensor]:
+    return model.parameters() if isinstance(model, nn.Module) else iter(())
+
+
+def _refuse_other_heads(model: Any, argument: str) -> None:
+    config = getattr(model, "config", None)
+    if getattr(config, "problem_type", None) == "multi_label_classification":
+        raise ValueError(
+            f"{argument}: a multi-label head, wanted one label per row: scores compare classes that exclude each other"
+        )
+    if getattr(config, "num_labels", None) == 1 or getattr(config, "problem_type", None) == "regression":
+        raise ValueError(
+            f"{argument}: a regression head, wanted a classifier of at least two classes: one output has no energy"
+        )
+
+
+def _label_names(model: Any) -> list[str] | None:
+    id2label = getattr(getattr(model, "config", None), "id2label", None)
+    return None if id2label is None else [id2label[i].casefold() for i in range(len(id2label))]
+
+
+def _swift_columns(swift: Any, super_: Any, label_map: LabelMap | None) -> list[int]:
+    """For each of Super's labels, the column of Swift's logits that holds it."""
+    swift_names, super_names = _label_names(swift), _label_names(super_)
+    if label_map is None:
+        if swift_names is None or super_names is None or sorted(swift_names) != sorted(super_names):
+            raise ValueError(
+                f"label_map: got None, wanted one, as Swift's labels are {swift_names} and Super's are {super_names}"
+            )
+        label_map = {name: name for name in swift_names}
+    columns = {_class_number(b, super_names): _class_number(a, swift_names) for a, b in label_map.items()}
+    if sorted(columns) != list(range(len(super_names or label_map))) or (
+        sorted(columns.values()) != list(range(len(swift_names or label_map)))
+    ):
+        raise ValueError(
+            f"label_map: got {dict(label_map)}, wanted each of Swift's labels {swift_names or ''} "
+            f"paired with one of Super's {super_names or ''}"
+        )
+    return [columns[label] for label in sorted(columns)]
+
+
+def _class_number(label: str | int, names: list[str] | None) -> int:
+    if isinstance(label, int):
+        return label
+    if names is None or label.casefold() not in names:
+        raise ValueError(f"label_map: got {label!r}, wanted a class number or one of {names}")
+    return names.index(label.casefold())
+
+
+def _config(swift: Any, super_: Any, columns: list[int]) -> Any:
+    """Super's config; Swift's with its labels in the order of the answers if Super has none."""
+    config = getattr(super_, "config", None)
+    if config is None and _label_names(swift) is not None:
+        config = copy.deepcopy(swift.config)
+        config.id2label = {label: swift.config.id2label[column] for label, column in enumerate(columns)}
+        config.label2id = {name: label for label, name in config.id2label.items()}
+    return config
+
+
+def _annotated_output(super_: Any) -> type[ModelOutput]:
+    """The output class that Super's `forward` says it returns, for batches that never reach it."""
+    try:
+        returned = typing.get_type_hints(getattr(super_, "forward", super_)).get("return")
+    except (NameError, TypeError):
+        returned = None
+    for kind in (returned, *typing.get_args(returned)):
+        if isinstance(kind, type) and issubclass(kind, ModelOutput):
+            return kind
+    return SequenceClassifierOutput

@@ -1,0 +1,72 @@
+"""The decision: a score, its temperature and a threshold that can move while models serve."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from elang import ops
+from elang.reference import SCORES, Route
+
+
+class Router(nn.Module):
+    """Scores every row and keeps it iff the score is finite and at least `threshold` (spec.md section 1, the paper's
+    J(x)).
+
+    The threshold is a float32 buffer of shape [1]: it moves between devices with the module, stays float32 through
+    `.half()`, `.bfloat16()` and `.to(dtype)` (1.31044 would be 1.3125 in bfloat16), and the ops read it where it
+    lies, so that `set_threshold` needs no recompilation. Never synchronises.
+
+    Args:
+        score: one of `elang.reference.SCORES`; every score is higher where Swift is surer.
+        threshold: rounded to float32. `-inf` keeps every finite row, `inf` routes all.
+        temperature: finite and > 0.
+
+    Raises:
+        ValueError: unknown score, NaN threshold, temperature not finite or not > 0.
+    """
+
+    threshold: Tensor  # [1] float32
+
+    def __init__(self, score: str = "energy", *, threshold: float, temperature: float = 1.0) -> None:
+        super().__init__()
+        if score not in SCORES:
+            raise ValueError(f"score: got {score!r}, wanted one of {', '.join(SCORES)}")
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"temperature: got {temperature}, wanted a finite number > 0")
+        self.score = score
+        self.temperature = float(temperature)
+        self.register_buffer("threshold", torch.empty(1, dtype=torch.float32))
+        self.set_threshold(threshold)
+
+    def set_threshold(self, threshold: float) -> None:
+        """Replace the threshold in place: captured graphs and compiled code see it at the next call."""
+        if math.isnan(threshold):
+            raise ValueError("threshold: got nan, wanted a number (-inf keeps every finite row, inf routes all)")
+        self.threshold.copy_(torch.tensor([threshold], dtype=torch.float32))
+
+    def forward(
+        self,
+        hidden: Tensor,  # [N, H]
+        weight: Tensor,  # [C, H]
+        bias: Tensor | None,  # [C]
+    ) -> Route:
+        """Run the head and decide, in one op: see `elang.route`."""
+        return ops.route(hidden, weight, bias, self.threshold, score=self.score, temperature=self.temperature)
+
+    def from_logits(self, logits: Tensor) -> Route:  # [N, C]
+        """Decide on logits that a model has already computed: see `elang.route_logits`."""
+        return ops.route_logits(logits, self.threshold, score=self.score, temperature=self.temperature)
+
+    def extra_repr(self) -> str:
+        return f"score={self.score!r}, threshold={self.threshold.item()}, temperature={self.temperature}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
+        exact = self.threshold
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        # `fn` may have rounded it to the models' dtype: only its choice of device is taken.
+        self.threshold = exact.to(self.threshold.device)
+        return self
