@@ -1,4 +1,4 @@
-"""The one build path: pip -> setuptools -> CMake + Ninja. All that is known about the build stands in CMakeLists.txt."""
+"""The one build path: pip -> setuptools -> CMake + Ninja. What is built, and how, stands in CMakeLists.txt."""
 
 import os
 import shutil

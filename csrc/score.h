@@ -1,4 +1,4 @@
-// The confidence scores of spec.md section 1, as online accumulators over the logits of a row.
+// The confidence scores that README.md lists, as online accumulators over the logits of a row.
 //
 // One definition serves every backend: V is `float` in CUDA (a row per thread group) and a SIMD register on the CPU (a row
 // per lane). Sums are kept around the running maximum, so no exponential overflows and nothing cancels; ternaries stay on

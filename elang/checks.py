@@ -1,7 +1,7 @@
 """Argument checks of the ops: each names the argument, what it got and what it wanted.
 
-The compiled ops check for themselves, so a good call never pays for these. They run for the reference and the fakes, and
-once a compiled op has refused, to say why as a ValueError or TypeError.
+The compiled ops check for themselves, so a good call never pays for these. They run for the reference and the fakes,
+and once a compiled op has refused, to say why as a ValueError or TypeError.
 """
 
 from __future__ import annotations

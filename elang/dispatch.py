@@ -1,4 +1,4 @@
-"""Which rows Super sees, and how its answers get back (spec.md section 4)."""
+"""Which rows Super sees, and how its answers get back."""
 
 from __future__ import annotations
 

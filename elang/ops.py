@@ -1,8 +1,8 @@
 """The ops: wrappers, fakes, and the choice of backend.
 
-Schemas and kernels live in `csrc/`; `elang.reference` has the same functions in plain PyTorch. `ELANG_BACKEND` forces a
-backend (`cpp` or `reference`); without it the compiled library serves, and where that cannot be loaded every call raises
-with the original error: nothing falls back in silence.
+Schemas and kernels live in `csrc/`; `elang.reference` has the same functions in plain PyTorch. `ELANG_BACKEND` forces
+a backend (`cpp` or `reference`); without it the compiled library serves, and where that cannot be loaded every call
+raises with the original error: nothing falls back in silence.
 
 Ops are for inference: inputs may require grad, a backward through an op raises.
 """
@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -43,7 +43,7 @@ def _env(name: str, default: str, known: tuple[str, ...]) -> str:
 def _load() -> OSError | None:
     _env("ELANG_ISA", ISAS[-1], ISAS)  # csrc/cpu/isa.cpp reads it, and would take a misspelt one for none
     try:
-        torch.ops.load_library(Path(__file__).with_name("libelang_ops.so"))
+        torch.ops.load_library(Path(__file__).with_name("libelang_ops.so"))  # type: ignore[no-untyped-call]
     except OSError as error:
         return error
     return None
@@ -82,7 +82,7 @@ def _bind(name: str, plain: Callable[..., Any], overload: str = "default") -> Ca
         return plain
     if _LOAD_ERROR is not None:
         return _missing
-    return getattr(getattr(torch.ops.elang, name), overload)
+    return cast(Callable[..., Any], getattr(getattr(torch.ops.elang, name), overload))
 
 
 def _reference_route(hidden, weight, bias, threshold, score, temperature):  # type: ignore[no-untyped-def]
@@ -144,28 +144,21 @@ def _fake_merge_rows(kept, routed, order, n_routed):  # type: ignore[no-untyped-
     return kept.new_empty(kept.shape)
 
 
-if _BACKEND == "cpp" and _LOAD_ERROR is None:
-    for _name, _fake in {
-        "route": _fake_route,
-        "route.device_threshold": _fake_route,
-        "route_logits": _fake_route_logits,
-        "route_logits.device_threshold": _fake_route_logits,
-        "gather_rows": _fake_gather_rows,
-        "merge_rows": _fake_merge_rows,
-    }.items():
-        torch.library.register_fake(f"elang::{_name}", _fake)
+_FAKES: dict[str, Callable[..., Any]] = {
+    "route": _fake_route,
+    "route.device_threshold": _fake_route,
+    "route_logits": _fake_route_logits,
+    "route_logits.device_threshold": _fake_route_logits,
+    "gather_rows": _fake_gather_rows,
+    "merge_rows": _fake_merge_rows,
+}
 
-    # register_autograd would cost 5 us a call under no_grad; _InferenceOnly refuses a backward for nothing.
-    _autograd = torch.library.Library("elang", "IMPL")
-    for _name in (
-        "route",
-        "route.device_threshold",
-        "route_logits",
-        "route_logits.device_threshold",
-        "gather_rows",
-        "merge_rows",
-    ):
-        _autograd.impl(_name, torch.library.fallthrough_kernel, "Autograd")
+if _BACKEND == "cpp" and _LOAD_ERROR is None:
+    _registrations = torch.library.Library("elang", "IMPL")  # type: ignore[no-untyped-call]
+    for _name, _fake in _FAKES.items():
+        torch.library.register_fake(f"elang::{_name}", _fake)
+        # register_autograd would cost 5 us a call under no_grad; _InferenceOnly refuses a backward for nothing.
+        _registrations.impl(_name, torch.library.fallthrough_kernel, "Autograd")  # type: ignore[no-untyped-call]
 
 
 # ---- inference only
@@ -224,8 +217,8 @@ def route(
         hidden: the head's input, one row per example. Any strides.
         weight: the head. Its dtype may differ from that of `hidden`; all sums are float32.
         bias: None or the head's bias.
-        threshold: a row stays with Swift iff its score is finite and >= threshold, in float32. A float (NaN refused), or
-            a float32 tensor [] or [1], which the host never reads (a NaN in it routes every row).
+        threshold: a row stays with Swift iff its score is finite and >= threshold, in float32. A float (NaN refused),
+            or a float32 tensor [] or [1], which the host never reads (a NaN in it routes every row).
         score: one of `elang.reference.SCORES`; `logit` goes with C = 1 and nothing else does.
         temperature: T > 0 of the score.
 
@@ -236,7 +229,7 @@ def route(
     Raises:
         TypeError, ValueError: names the argument, what it got and what it wanted.
 
-    Synchronizes: no. CUDA graph: yes. Deterministic: yes.
+    Synchronizes: no. CUDA graph: no CUDA kernel yet. Deterministic: yes.
     Source: E-LANG (arXiv 2203.00748), the free energy and the routing rule.
     """
     try:
@@ -258,7 +251,8 @@ def route_logits(
 ) -> Route:
     """`route` for a Swift whose logits are all there is to see.
 
-    `s = temperature * logsumexp(logits / temperature, 1); order = argsort(s.isfinite() & (s >= threshold), stable=True)`
+    `s = temperature * logsumexp(logits / temperature, 1);
+    order = argsort(s.isfinite() & (s >= threshold), stable=True)`
 
     Args:
         logits: one row per example. Any strides.
@@ -270,7 +264,7 @@ def route_logits(
     Raises:
         TypeError, ValueError: names the argument, what it got and what it wanted.
 
-    Synchronizes: no. CUDA graph: yes. Deterministic: yes.
+    Synchronizes: no. CUDA graph: no CUDA kernel yet. Deterministic: yes.
     Source: E-LANG (arXiv 2203.00748), the free energy and the routing rule.
     """
     try:
@@ -304,15 +298,19 @@ def gather_rows(
     Raises:
         TypeError, ValueError: names the argument, what it got and what it wanted.
 
-    Synchronizes: no. CUDA graph: yes. Deterministic: yes.
+    Synchronizes: no. CUDA graph: no CUDA kernel yet. Deterministic: yes.
     Source: csrc/cpu/rows.cpp.
     """
     tensors = list(tensors)
     try:
         if _grad_enabled() and _needs_refusal(tensors):
-            gather = lambda *rows: tuple(_GATHER_ROWS(list(rows), order, n_routed, capacity))  # noqa: E731
-            return list(_InferenceOnly.apply(gather, *tensors))
-        return _GATHER_ROWS(tensors, order, n_routed, capacity)
+
+            def gather(*rows: Tensor) -> tuple[Tensor, ...]:
+                return tuple(_GATHER_ROWS(list(rows), order, n_routed, capacity))
+
+            return list(_InferenceOnly.apply(gather, *tensors))  # type: ignore[no-untyped-call]
+        gathered: list[Tensor] = _GATHER_ROWS(tensors, order, n_routed, capacity)
+        return gathered
     except Exception:
         checks.gather_rows(tensors, order, n_routed, capacity)
         raise
@@ -339,15 +337,17 @@ def merge_rows(
     Raises:
         TypeError, ValueError: names the argument, what it got and what it wanted.
 
-    Synchronizes: no. CUDA graph: yes. Deterministic: yes.
+    Synchronizes: no. CUDA graph: no CUDA kernel yet. Deterministic: yes.
     Source: csrc/cpu/rows.cpp.
     """
     try:
         if kept.dtype != routed.dtype:
             kept = kept.to(routed.dtype)
+        op = _MERGE_ROWS
         if _grad_enabled() and _needs_refusal((kept, routed)):
-            return _InferenceOnly.apply(_MERGE_ROWS, kept, routed, order, n_routed)
-        return _MERGE_ROWS(kept, routed, order, n_routed)
+            op = partial(_InferenceOnly.apply, op)
+        merged: Tensor = op(kept, routed, order, n_routed)
+        return merged
     except Exception:
         checks.merge_rows(kept, routed, order, n_routed)
         raise

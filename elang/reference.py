@@ -1,6 +1,6 @@
 """Every op in plain PyTorch: the oracle of the tests, the baseline of the benches, and the backend of last resort.
 
-Written to be read next to `spec.md` section 3; each function takes and returns exactly what the op of the same name does.
+Each function takes and returns exactly what the op of the same name in `elang.ops` does.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def score_logits(logits: Tensor, score: str = "energy", temperature: float = 1.0
     if score == "max_prob":
         return p.amax(dim=1)
     if score == "neg_entropy":
-        return torch.special.xlogy(p, p).sum(dim=1)
+        return torch.xlogy(p, p).sum(dim=1)
     if score == "margin":
         top = p.topk(2, dim=1).values
         return top[:, 0] - top[:, 1]

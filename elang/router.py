@@ -13,7 +13,7 @@ from elang.reference import SCORES, Route
 
 
 class Router(nn.Module):
-    """Scores every row and keeps it iff the score is finite and at least `threshold` (spec.md section 1, the paper's
+    """Scores every row and keeps it iff the score is finite and at least `threshold` (the paper's
     J(x)).
 
     The threshold is a float32 buffer of shape [1]: it moves between devices with the module, stays float32 through

@@ -100,7 +100,7 @@ def test_logit_scores_a_single_output_head():
 def test_mixed_dtypes_accumulate_in_float32(hidden_dtype, weight_dtype):
     args = head(19, 100, 5, hidden_dtype, weight_dtype)
     got = elang.route(*args, 1.0)
-    z, s = truth_of(*args, "energy")
+    _, s = truth_of(*args, "energy")
     exact = (args[0].float(), args[1].float(), args[2].float())
     assert_accurate(got.score, eager_of(*exact, "energy")[1], s)
     assert got.logits.dtype == hidden_dtype
@@ -355,7 +355,7 @@ BAD_ROUTE = {
     "hidden not a tensor": (dict(hidden=[[1.0]]), TypeError, "hidden: got list"),
     "weight shape": (dict(weight=torch.ones(3, 9)), ValueError, r"weight: .*\[3, 9\].*wanted \[C, 8\]"),
     "weight dtype": (dict(weight=torch.ones(3, 8, dtype=torch.int32)), TypeError, "weight: got torch.int32"),
-    "weight device": (dict(weight=torch.ones(3, 8, device="meta")), ValueError, "weight: got a tensor on meta, wanted cpu"),
+    "weight device": (dict(weight=torch.ones(3, 8, device="meta")), ValueError, "weight: got a tensor on meta"),
     "bias shape": (dict(bias=torch.ones(4)), ValueError, r"bias: .*\[4\].*wanted \[3\]"),
     "bias dtype": (dict(bias=torch.ones(3, dtype=torch.int64)), TypeError, "bias: got torch.int64"),
     "bias device": (dict(bias=torch.ones(3, device="meta")), ValueError, "bias: got a tensor on meta"),
@@ -392,7 +392,7 @@ def test_route_logits_refuses(case):
 
 
 def test_route_logits_refuses_what_is_not_logits():
-    with pytest.raises(TypeError, match="logits: got torch.int64"):
+    with pytest.raises(TypeError, match=r"logits: got torch\.int64"):
         elang.route_logits(torch.ones(3, 2, dtype=torch.int64), 0.0)
     with pytest.raises(ValueError, match=r"logits: .*wanted \[N, C\]"):
         elang.route_logits(torch.ones(3), 0.0)

@@ -142,13 +142,13 @@ def test_refusals():
         gather([x, torch.randn(3, 3)], order, n_routed, 1)
     with pytest.raises(TypeError, match=r"tensors\[0\]: got list"):
         gather([[1, 2]], order, n_routed, 1)
-    with pytest.raises(ValueError, match="order: .*wanted int64"):
+    with pytest.raises(ValueError, match=r"order: .*wanted int64"):
         gather([x], order.int(), n_routed, 1)
-    with pytest.raises(ValueError, match="n_routed: .*wanted int32"):
+    with pytest.raises(ValueError, match=r"n_routed: .*wanted int32"):
         gather([x], order, n_routed.long(), 1)
     with pytest.raises(ValueError, match="capacity: got -1"):
         gather([x], order, n_routed, -1)
-    with pytest.raises(TypeError, match="capacity: got 1.5"):
+    with pytest.raises(TypeError, match=r"capacity: got 1\.5"):
         gather([x], order, n_routed, 1.5)
     with pytest.raises(ValueError, match=r"kept: .*wanted \[2, ...\]"):
         elang.merge_rows(torch.randn(3, 3), x[:1], order, n_routed)

@@ -1,1 +1,1 @@
-"""Home of the Triton kernels, installed as `elang.triton_kernels`: a top-level module of that name belongs to another project."""
+"""Home of the Triton kernels. Installed as `elang.triton_kernels`: at top level the name belongs to another project."""
