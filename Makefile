@@ -19,14 +19,14 @@ lint: $(VENV)/.installed
 	$(BIN)/mypy
 
 bench: $(VENV)/.installed
-	$(BIN)/python -m pytest benches --benchmark-enable --benchmark-only -s
+	$(BIN)/python -m pytest benches -s
 
 # torch first and on its own: a range asked for later is then satisfied by the build that is there.
 $(VENV)/.installed: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	$(BIN)/python -m pip install --quiet "setuptools>=77" cmake ninja "pybind11>=2.13"
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[test]"
+	CMAKE_ARGS=-DELANG_WERROR=ON PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[test]"
 	touch $@
 
 clean:

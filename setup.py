@@ -1,6 +1,7 @@
 """The one build path: pip -> setuptools -> CMake + Ninja. What is built, and how, stands in CMakeLists.txt."""
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -19,10 +20,8 @@ class CMakeBuild(build_ext):
         package = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         package.mkdir(parents=True, exist_ok=True)
         jobs = os.environ.get("MAX_JOBS", str(os.cpu_count()))
-        subprocess.run(
-            ["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(build), f"-DPython_EXECUTABLE={sys.executable}"],
-            check=True,
-        )
+        configure = ["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(build), f"-DPython_EXECUTABLE={sys.executable}"]
+        subprocess.run([*configure, *shlex.split(os.environ.get("CMAKE_ARGS", ""))], check=True)
         subprocess.run(["cmake", "--build", str(build), "--parallel", jobs], check=True)
         shutil.copy2(build / OPS_LIBRARY, package)
         shutil.copy2(next(build.glob("_C.*")), self.get_ext_fullpath(ext.name))

@@ -1,5 +1,5 @@
-// Argument checks of the launchers: each names the argument, what it got and what it wanted. elang/ops.py says the same at
-// more length as ValueError or TypeError; these keep the raw ops safe to call.
+// Argument checks of the launchers: each names the argument and what was wanted, to keep the raw ops safe to call.
+// elang/checks.py says the same at more length, as ValueError or TypeError.
 #pragma once
 
 #include <torch/headeronly/util/Exception.h>
@@ -12,32 +12,31 @@
 
 namespace elang {
 
-inline std::string shape_of(const Tensor& t) {
+inline std::string shape_of(const Input& t) {
   std::string s = "[";
-  for (int64_t d = 0; d < t.dim(); ++d) s += (d ? ", " : "") + std::to_string(t.sizes()[d]);
+  for (int64_t d = 0; d < t.dim; ++d) s += (d ? ", " : "") + std::to_string(t.sizes[d]);
   return s + "]";
 }
 
 // A negative size stands for any.
-inline void check_shape(const Tensor& t, const char* name, std::initializer_list<int64_t> sizes, const char* wanted) {
-  bool same = t.dim() == static_cast<int64_t>(sizes.size());
-  for (size_t d = 0; same && d < sizes.size(); ++d) same = sizes.begin()[d] < 0 || sizes.begin()[d] == t.sizes()[d];
+inline void check_shape(const Input& t, const char* name, std::initializer_list<int64_t> sizes, const char* wanted) {
+  bool same = t.dim == static_cast<int64_t>(sizes.size());
+  for (size_t d = 0; same && d < sizes.size(); ++d) same = sizes.begin()[d] < 0 || sizes.begin()[d] == t.sizes[d];
   STD_TORCH_CHECK(same, name, ": got shape ", shape_of(t), ", wanted ", wanted);
 }
 
-inline void check_dtype(const Tensor& t, const char* name, int32_t dtype, const char* wanted) {
-  STD_TORCH_CHECK(t.dtype() == dtype, name, ": got another dtype, wanted ", wanted);
+inline void check_dtype(const Input& t, const char* name, int32_t dtype, const char* wanted) {
+  STD_TORCH_CHECK(t.dtype == dtype, name, ": got another dtype, wanted ", wanted);
 }
 
-inline void check_cpu(const Tensor& t, const char* name) {
-  STD_TORCH_CHECK(t.device_type() == aoti_torch_device_type_cpu(), name, ": got another device, wanted the CPU like the rest");
+inline void check_cpu(const Input& t, const char* name) {
+  STD_TORCH_CHECK(t.device == kCPU, name, ": got another device, wanted the CPU like the rest");
 }
 
-inline DType float_type(const Tensor& t, const char* name) {
-  const int32_t dtype = t.dtype();
-  if (dtype == aoti_torch_dtype_float32()) return DType::float32;
-  if (dtype == aoti_torch_dtype_bfloat16()) return DType::bfloat16;
-  if (dtype == aoti_torch_dtype_float16()) return DType::float16;
+inline DType float_type(const Input& t, const char* name) {
+  if (t.dtype == kFloat32) return DType::float32;
+  if (t.dtype == kBFloat16) return DType::bfloat16;
+  if (t.dtype == kFloat16) return DType::float16;
   STD_TORCH_CHECK(false, name, ": got another dtype, wanted float32, bfloat16 or float16");
 }
 

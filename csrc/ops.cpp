@@ -18,20 +18,28 @@ namespace {
 
 using HandleList = std::vector<Handle>;
 
-// A thread is worth waking for about this many multiply-adds.
+// A thread is worth waking for about this many multiply-adds, or bytes to copy.
 constexpr int64_t kGrain = 1 << 18;
+
+// `work` on ranges of [0, n), on other threads too where n items of `cost` each are worth it.
+template <class F>
+void share_out(int64_t n, int64_t cost, const F& work) {
+  const int64_t grain = kGrain / std::max<int64_t>(cost, 1) + 1;
+  if (n <= grain) work(0, n);
+  else torch::stable::parallel_for(0, n, grain, work);
+}
 
 struct Decision {
   Tensor score, order, n_routed;  // [N] float32, [N] int64, [1] int32
 
   explicit Decision(int64_t rows)
-      : score(empty_cpu({rows}, aoti_torch_dtype_float32())),
-        order(empty_cpu({rows}, aoti_torch_dtype_int64())),
-        n_routed(empty_cpu({1}, aoti_torch_dtype_int32())) {}
+      : score(empty_cpu({rows}, kFloat32)),
+        order(empty_cpu({rows}, kInt64)),
+        n_routed(empty_cpu({1}, kInt32)) {}
 };
 
-Matrix matrix(const Tensor& t, const char* name) {
-  return {t.data(), float_type(t, name), t.strides()[0], t.strides()[1]};
+Matrix matrix(const Input& t, const char* name) {
+  return {t.data(), float_type(t, name), t.strides[0], t.strides[1]};
 }
 
 void set_score(RouteArgs& args, int64_t kind, double temperature) {
@@ -49,11 +57,11 @@ float read_threshold(double threshold) {
 }
 
 float read_threshold(Handle handle) {
-  const Tensor threshold(handle);
+  const Input threshold(handle);
   check_cpu(threshold, "threshold");
-  check_dtype(threshold, "threshold", aoti_torch_dtype_float32(), "float32");
-  if (threshold.dim() > 0) check_shape(threshold, "threshold", {1}, "[] or [1]");
-  return *threshold.data_as<const float>();
+  check_dtype(threshold, "threshold", kFloat32, "float32");
+  if (threshold.dim > 0) check_shape(threshold, "threshold", {1}, "[] or [1]");
+  return *static_cast<const float*>(threshold.data());
 }
 
 Decision decide(RouteArgs& args, float threshold) {
@@ -68,9 +76,7 @@ Decision decide(RouteArgs& args, float threshold) {
     kernel.rows(args, begin * kernel.lanes, std::min(end * kernel.lanes, args.rows), heap ? heap.get() : stack);
   };
   const int64_t blocks = (args.rows + kernel.lanes - 1) / kernel.lanes;
-  const int64_t grain = kGrain / (kernel.lanes * args.classes * (args.width + 1)) + 1;
-  if (blocks <= grain) run_blocks(0, blocks);
-  else torch::stable::parallel_for(0, blocks, grain, run_blocks);
+  share_out(blocks, kernel.lanes * args.classes * (args.width + 1), run_blocks);
   partition(args.score, args.rows, threshold, decision.order.data_as<int64_t>(), decision.n_routed.data_as<int32_t>());
   return decision;
 }
@@ -79,23 +85,24 @@ template <class Threshold>
 std::tuple<Handle, Handle, Handle, Handle> route_cpu(
     Handle hidden_handle, Handle weight_handle, std::optional<Handle> bias_handle, Threshold threshold_arg, int64_t score,
     double temperature) {
-  const Tensor hidden(hidden_handle), weight(weight_handle), bias(bias_handle.value_or(Handle{nullptr}));
+  const Input hidden(hidden_handle), weight(weight_handle), bias(bias_handle.value_or(Handle{nullptr}));
   const float threshold = read_threshold(threshold_arg);
   check_cpu(hidden, "hidden");
   check_shape(hidden, "hidden", {-1, -1}, "[N, H]");
   RouteArgs args{};
-  args.rows = hidden.sizes()[0], args.width = hidden.sizes()[1];
+  args.head = true;
+  args.rows = hidden.sizes[0], args.width = hidden.sizes[1];
   check_cpu(weight, "weight");
   check_shape(weight, "weight", {-1, args.width}, "[C, H] with the H of hidden");
-  args.classes = weight.sizes()[0];
+  args.classes = weight.sizes[0];
   args.hidden = matrix(hidden, "hidden"), args.weight = matrix(weight, "weight");
   if (bias_handle) {
     check_cpu(bias, "bias");
     check_shape(bias, "bias", {args.classes}, "[C] with the C of weight");
-    args.bias = {bias.data(), float_type(bias, "bias"), bias.strides()[0], 1};
+    args.bias = {bias.data(), float_type(bias, "bias"), bias.strides[0], 1};
   }
   set_score(args, score, temperature);
-  Tensor logits = empty_cpu({args.rows, args.classes}, hidden.dtype());
+  Tensor logits = empty_cpu({args.rows, args.classes}, hidden.dtype);
   args.logits = logits.data_as<void>();
   Decision d = decide(args, threshold);
   return {logits.release(), d.score.release(), d.order.release(), d.n_routed.release()};
@@ -104,60 +111,68 @@ std::tuple<Handle, Handle, Handle, Handle> route_cpu(
 template <class Threshold>
 std::tuple<Handle, Handle, Handle> route_logits_cpu(
     Handle logits_handle, Threshold threshold_arg, int64_t score, double temperature) {
-  const Tensor logits(logits_handle);
+  const Input logits(logits_handle);
   const float threshold = read_threshold(threshold_arg);
   check_cpu(logits, "logits");
   check_shape(logits, "logits", {-1, -1}, "[N, C]");
   RouteArgs args{};
-  args.rows = logits.sizes()[0], args.classes = logits.sizes()[1];
+  args.rows = logits.sizes[0], args.classes = logits.sizes[1];
   args.hidden = matrix(logits, "logits");
   set_score(args, score, temperature);
   Decision d = decide(args, threshold);
   return {d.score.release(), d.order.release(), d.n_routed.release()};
 }
 
-Rows rows_of(const Tensor& t) {
-  return {static_cast<const char*>(t.data()), t.item_bytes(), t.strides()[0], static_cast<int>(t.dim()) - 1,
-          t.sizes() + 1, t.strides() + 1};
+Rows rows_of(const Input& t) {
+  return {static_cast<const char*>(t.data()), t.item_bytes(), t.strides[0], static_cast<int>(t.dim) - 1,
+          t.sizes + 1, t.strides + 1};
 }
 
 // The partition that gather and merge follow; its numbers become addresses, so each is checked.
 struct Partition {
-  const Tensor order_tensor, n_routed_tensor;
-  const int64_t* order = nullptr;
-  int64_t rows = 0, n_routed = 0;
+  std::vector<int64_t> order;
+  int64_t n_routed = 0;
 
-  Partition(Handle order_handle, Handle n_routed_handle) : order_tensor(order_handle), n_routed_tensor(n_routed_handle) {
-    check_cpu(order_tensor, "order");
-    check_dtype(order_tensor, "order", aoti_torch_dtype_int64(), "int64");
-    check_shape(order_tensor, "order", {-1}, "[N]");
-    rows = order_tensor.sizes()[0];
-    STD_TORCH_CHECK(rows <= 1 || order_tensor.strides()[0] == 1, "order: got a strided tensor, wanted a contiguous one");
-    order = order_tensor.data_as<const int64_t>();
-    for (int64_t i = 0; i < rows; ++i)
+  Partition(Handle order_handle, Handle n_routed_handle) {
+    const Input order_input(order_handle), n_routed_input(n_routed_handle);
+    check_cpu(order_input, "order");
+    check_dtype(order_input, "order", kInt64, "int64");
+    check_shape(order_input, "order", {-1}, "[N]");
+    const auto* row = static_cast<const int64_t*>(order_input.data());
+    const int64_t rows = order_input.sizes[0], stride = order_input.strides[0];
+    order.resize(rows);
+    for (int64_t i = 0; i < rows; ++i) {
+      order[i] = row[i * stride];
       STD_TORCH_CHECK(order[i] >= 0 && order[i] < rows, "order: got ", order[i], ", wanted rows in [0, ", rows, ")");
-    check_cpu(n_routed_tensor, "n_routed");
-    check_dtype(n_routed_tensor, "n_routed", aoti_torch_dtype_int32(), "int32");
-    check_shape(n_routed_tensor, "n_routed", {1}, "[1]");
-    n_routed = *n_routed_tensor.data_as<const int32_t>();
+    }
+    check_cpu(n_routed_input, "n_routed");
+    check_dtype(n_routed_input, "n_routed", kInt32, "int32");
+    check_shape(n_routed_input, "n_routed", {1}, "[1]");
+    n_routed = *static_cast<const int32_t*>(n_routed_input.data());
     STD_TORCH_CHECK(n_routed >= 0 && n_routed <= rows, "n_routed: got ", n_routed, ", wanted 0 to N = ", rows);
   }
+
+  int64_t rows() const { return static_cast<int64_t>(order.size()); }
 };
 
 HandleList gather_rows_cpu(HandleList handles, Handle order, Handle n_routed, int64_t capacity) {
-  std::vector<Tensor> tensors;
+  std::vector<Input> tensors;
   for (Handle h : handles) tensors.emplace_back(h);
   const Partition partition(order, n_routed);
-  STD_TORCH_CHECK(capacity >= 0 && (capacity == 0 || partition.rows > 0), "capacity: got ", capacity,
+  STD_TORCH_CHECK(capacity >= 0 && (capacity == 0 || partition.rows() > 0), "capacity: got ", capacity,
                   ", wanted 0 where there are no rows and at least 0 elsewhere");
   std::vector<Tensor> gathered;
-  for (const Tensor& t : tensors) {
+  for (const Input& t : tensors) {
     check_cpu(t, "tensors");
-    STD_TORCH_CHECK(t.dim() > 0 && t.sizes()[0] == partition.rows, "tensors: got shape ", shape_of(t), ", wanted [N, ...] with the N of order");
-    std::vector<int64_t> sizes(t.sizes(), t.sizes() + t.dim());
+    STD_TORCH_CHECK(t.dim > 0 && t.sizes[0] == partition.rows(), "tensors: got shape ", shape_of(t), ", wanted [N, ...] with the N of order");
+    std::vector<int64_t> sizes(t.sizes, t.sizes + t.dim);
     sizes[0] = capacity;
-    gathered.push_back(empty_cpu(t.dim(), sizes.data(), t.dtype()));
-    gather(rows_of(t), partition.order, partition.n_routed, capacity, gathered.back().data_as<char>());
+    gathered.push_back(empty_cpu(t.dim, sizes.data(), t.dtype));
+    const Rows from = rows_of(t);
+    char* const out = gathered.back().data_as<char>();
+    share_out(capacity, from.row_bytes(), [&](int64_t begin, int64_t end) {
+      gather(from, partition.order.data(), std::max<int64_t>(partition.n_routed - 1, 0), begin, end, out);
+    });
   }
   HandleList out;
   for (Tensor& t : gathered) out.push_back(t.release());
@@ -165,17 +180,21 @@ HandleList gather_rows_cpu(HandleList handles, Handle order, Handle n_routed, in
 }
 
 Handle merge_rows_cpu(Handle kept_handle, Handle routed_handle, Handle order, Handle n_routed) {
-  const Tensor kept(kept_handle), routed(routed_handle);
+  const Input kept(kept_handle), routed(routed_handle);
   const Partition partition(order, n_routed);
   check_cpu(kept, "kept");
   check_cpu(routed, "routed");
-  STD_TORCH_CHECK(kept.dim() > 0 && kept.sizes()[0] == partition.rows, "kept: got shape ", shape_of(kept), ", wanted [N, ...] with the N of order");
-  const bool same_inner = routed.dim() == kept.dim() && std::equal(kept.sizes() + 1, kept.sizes() + kept.dim(), routed.sizes() + 1);
+  STD_TORCH_CHECK(kept.dim > 0 && kept.sizes[0] == partition.rows(), "kept: got shape ", shape_of(kept), ", wanted [N, ...] with the N of order");
+  const bool same_inner = routed.dim == kept.dim && std::equal(kept.sizes + 1, kept.sizes + kept.dim, routed.sizes + 1);
   STD_TORCH_CHECK(same_inner, "routed: got shape ", shape_of(routed), ", wanted [K, ...] with the inner shape of kept ", shape_of(kept));
-  check_dtype(kept, "kept", routed.dtype(), "that of routed");
-  Tensor merged = empty_cpu(kept.dim(), kept.sizes(), kept.dtype());
-  merge(rows_of(kept), partition.rows, rows_of(routed), partition.order,
-        std::min(partition.n_routed, routed.sizes()[0]), merged.data_as<char>());
+  check_dtype(kept, "kept", routed.dtype, "that of routed");
+  Tensor merged = empty_cpu(kept.dim, kept.sizes, kept.dtype);
+  char* const out = merged.data_as<char>();
+  const Rows from_kept = rows_of(kept), from_routed = rows_of(routed);
+  share_out(partition.rows(), from_kept.row_bytes(),
+            [&](int64_t begin, int64_t end) { scatter(from_kept, nullptr, begin, end, out); });
+  share_out(std::min(partition.n_routed, routed.sizes[0]), from_routed.row_bytes(),
+            [&](int64_t begin, int64_t end) { scatter(from_routed, partition.order.data(), begin, end, out); });
   return merged.release();
 }
 

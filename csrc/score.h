@@ -30,29 +30,33 @@ class ScoreAccumulator {
   // energy_probs needs every probability, hence the maximum and the sum, before its own sum can start.
   static constexpr bool kSecondLook = S == Score::energy_probs;
 
-  // Logits arrive already divided by the temperature.
-  ELANG_HD explicit ScoreAccumulator(V z) : first_(z), max_(z), sum_(V{} + 1.0f), aux_(V{}) {
+  // Of one logit. Logits arrive already divided by the temperature; `first` is the same for all that will be merged.
+  ELANG_HD ScoreAccumulator(V z, V first) : first_(first), max_(z), sum_(V{} + 1.0f), aux_(V{}) {
     if constexpr (S == Score::margin) aux_ = V{} - __builtin_inff();
+    if constexpr (S == Score::energy_centered) aux_ = z - first;
   }
 
-  ELANG_HD void add(V z) {
+  ELANG_HD void add(V z) { merge(ScoreAccumulator(z, first_)); }
+
+  ELANG_HD void merge(const ScoreAccumulator& other) {
     const V zero{}, one = zero + 1.0f;
-    const V d = z - max_;
+    const V d = other.max_ - max_;
     // Equal infinities would give exp(inf - inf) = NaN: a row may start with masked (-inf) classes.
-    const V e = z == max_ ? one : M::exp(zero - M::abs(d));
+    const V e = other.max_ == max_ ? one : M::exp(zero - M::abs(d));
     if constexpr (S == Score::neg_entropy) {
-      // A new maximum rescales the old terms; a vanished exponential contributes 0 log 0 = 0.
-      const V rescaled = e > zero ? e * (aux_ - d * sum_) : zero;
-      const V added = aux_ + (e > zero ? (e == one ? zero : d * e) : zero);
-      aux_ = d > zero ? rescaled : added;
+      // Whose maximum is the smaller has its terms rescaled; a vanished exponential leaves 0 log 0 = 0.
+      const V mine = d > zero ? (e > zero ? e * (aux_ - d * sum_) : zero) : aux_;
+      const V theirs = d < zero ? (e > zero ? e * (other.aux_ + d * other.sum_) : zero) : other.aux_;
+      aux_ = mine + theirs;
     } else if constexpr (S == Score::margin) {
-      const V smaller = d > zero ? max_ : z;
-      aux_ = smaller > aux_ ? smaller : aux_;
+      const V lesser = d > zero ? max_ : other.max_;
+      const V second = other.aux_ > aux_ ? other.aux_ : aux_;
+      aux_ = lesser > second ? lesser : second;
     } else if constexpr (S == Score::energy_centered) {
-      aux_ += z - first_;
+      aux_ += other.aux_;
     }
-    sum_ = d > zero ? sum_ * e + one : sum_ + e;
-    max_ = d > zero ? z : max_;
+    sum_ = d > zero ? sum_ * e + other.sum_ : sum_ + other.sum_ * e;
+    max_ = d > zero ? other.max_ : max_;
   }
 
   ELANG_HD V second_look(V z) const { return M::exp(M::exp(z - max_) / sum_); }

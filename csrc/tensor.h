@@ -11,12 +11,18 @@
 
 namespace elang {
 
-// A tensor on the dispatcher's stack. Its receiver owns it: wrap it in a Tensor first of all.
+inline const int32_t kFloat32 = aoti_torch_dtype_float32();
+inline const int32_t kBFloat16 = aoti_torch_dtype_bfloat16();
+inline const int32_t kFloat16 = aoti_torch_dtype_float16();
+inline const int32_t kInt32 = aoti_torch_dtype_int32();
+inline const int32_t kInt64 = aoti_torch_dtype_int64();
+inline const int32_t kCPU = aoti_torch_device_type_cpu();
+
+// A tensor on the dispatcher's stack. Its receiver owns it: wrap it in an Input first of all.
 struct Handle {
   AtenTensorHandle raw;
 };
 
-// Sizes and strides live as long as the tensor.
 class Tensor {
   AtenTensorHandle handle_ = nullptr;
 
@@ -31,25 +37,41 @@ class Tensor {
 
   Handle release() { return {std::exchange(handle_, nullptr)}; }
 
-  int64_t dim() const { return read<int64_t>(aoti_torch_get_dim); }
-  int32_t dtype() const { return read<int32_t>(aoti_torch_get_dtype); }
-  int32_t device_type() const { return read<int32_t>(aoti_torch_get_device_type); }
-  const int64_t* sizes() const { return read<int64_t*>(aoti_torch_get_sizes); }
-  const int64_t* strides() const { return read<int64_t*>(aoti_torch_get_strides); }
-  const void* data() const { return read<const void*>(torch_get_const_data_ptr); }
-  int64_t item_bytes() const { return static_cast<int64_t>(aoti_torch_dtype_element_size(dtype())); }
   template <class T>
   T* data_as() const {
     return static_cast<T*>(read<void*>(torch_get_mutable_data_ptr));
   }
 
- private:
+ protected:
   template <class T, class F>
   T read(F getter) const {
     T value;
     TORCH_ERROR_CODE_CHECK(getter(handle_, &value));
     return value;
   }
+
+  bool defined() const { return handle_; }
+};
+
+// An argument. What the checks look at is read once: every look is a call across the shim.
+class Input : public Tensor {
+ public:
+  int64_t dim = 0;
+  const int64_t* sizes = nullptr;
+  const int64_t* strides = nullptr;
+  int32_t dtype = 0, device = 0;
+
+  explicit Input(Handle owned) : Tensor(owned) {
+    if (!defined()) return;
+    dim = read<int64_t>(aoti_torch_get_dim);
+    sizes = read<int64_t*>(aoti_torch_get_sizes);
+    strides = read<int64_t*>(aoti_torch_get_strides);
+    dtype = read<int32_t>(aoti_torch_get_dtype);
+    device = read<int32_t>(aoti_torch_get_device_type);
+  }
+
+  const void* data() const { return read<const void*>(torch_get_const_data_ptr); }
+  int64_t item_bytes() const { return static_cast<int64_t>(aoti_torch_dtype_element_size(dtype)); }
 };
 
 // Contiguous and uninitialised. Through the shim: half the cost of the stable new_empty.
@@ -59,8 +81,7 @@ inline Tensor empty_cpu(int64_t dims, const int64_t* sizes, int32_t dtype) {
   int64_t strides[kMaxDims];
   for (int64_t d = dims - 1, stride = 1; d >= 0; stride *= sizes[d--]) strides[d] = stride;
   Handle handle;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(dims, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle.raw));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, dtype, kCPU, 0, &handle.raw));
   return Tensor(handle);
 }
 

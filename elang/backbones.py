@@ -87,6 +87,10 @@ def _head_path(swift: Any) -> str | None:
             return _registered_path(swift, head)
     if not (type(swift).__name__.endswith("ForSequenceClassification") and hasattr(swift, "base_model_prefix")):
         return None
+    # A forward of the user's own may do anything around the head: only they can tell, by register_backbone.
+    forward_of = next(cls for cls in type(swift).__mro__ if "forward" in vars(cls))
+    if forward_of.__module__.split(".")[0] != "transformers":
+        return None
     heads = [
         name
         for name, module in swift.named_modules()

@@ -7,6 +7,7 @@ and once a compiled op has refused, to say why as a ValueError or TypeError.
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import Any
 
 import torch
@@ -37,31 +38,47 @@ def _check_device(name: str, value: Tensor, other: str, device: torch.device) ->
         raise ValueError(f"{name}: got a tensor on {value.device}, wanted {device} like {other}")
 
 
-def _check_decision(
-    classes: int, device: torch.device, owner: str, threshold: Any, score: Any, temperature: Any
-) -> None:
-    if isinstance(threshold, Tensor):
-        if threshold.dtype != torch.float32:
-            raise TypeError(f"threshold: got {_describe(threshold)}, wanted float32")
-        if threshold.shape not in ((), (1,)):
-            raise ValueError(f"threshold: got {_describe(threshold)}, wanted one element, [] or [1]")
-        _check_device("threshold", threshold, owner, device)
-    elif not isinstance(threshold, (int, float, torch.SymFloat)):
-        raise TypeError(f"threshold: got {threshold!r}, wanted a float or a float32 tensor")
-    elif threshold != threshold:  # NaN, in a form that torch.compile traces through symbolic floats
+def score(value: Any) -> None:
+    if value not in SCORES:
+        raise ValueError(f"score: got {value!r}, wanted one of {', '.join(SCORES)}")
+
+
+def threshold(value: Any) -> None:
+    """Of a threshold on the host."""
+    if isinstance(value, bool) or not isinstance(value, (Real, torch.SymFloat)):
+        raise TypeError(f"threshold: got {value!r}, wanted a float or a float32 tensor")
+    if value != value:  # NaN, in a form that torch.compile traces through symbolic floats
         raise ValueError("threshold: got NaN, wanted a number; -inf keeps every finite row, inf routes all")
-    if score not in SCORES:
-        raise ValueError(f"score: got {score!r}, wanted one of {', '.join(SCORES)}")
-    if classes == 1 and score != "logit":
+
+
+def temperature(value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"temperature: got {value!r}, wanted a float")
+    if not 0 < value < math.inf:  # type: ignore[operator]
+        raise ValueError(f"temperature: got {value}, wanted a finite number > 0")
+
+
+def _check_decision(
+    classes: int, device: torch.device, owner: str, t: Any, score_name: Any, temperature_value: Any
+) -> None:
+    if isinstance(t, Tensor):
+        if t.dtype != torch.float32:
+            raise TypeError(f"threshold: got {_describe(t)}, wanted float32")
+        if t.shape not in ((), (1,)):
+            raise ValueError(f"threshold: got {_describe(t)}, wanted one element, [] or [1]")
+        _check_device("threshold", t, owner, device)
+    else:
+        threshold(t)
+    score(score_name)
+    temperature(temperature_value)
+    if classes == 0:
+        raise ValueError("weight, logits: got C = 0, wanted at least one class")
+    if classes == 1 and score_name != "logit":
         raise ValueError(
-            f"score: got {score!r} with C = 1, wanted 'logit': a regression head has no energy, use an energy head"
+            f"score: got {score_name!r} with C = 1, wanted 'logit': a regression head has no energy, use an energy head"
         )
-    if classes != 1 and score == "logit":
+    if classes != 1 and score_name == "logit":
         raise ValueError(f"score: got 'logit' with C = {classes}, wanted a single-output head, C = 1")
-    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
-        raise TypeError(f"temperature: got {temperature!r}, wanted a float")
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature: got {temperature}, wanted a finite number > 0")
 
 
 def route(hidden: Any, weight: Any, bias: Any, threshold: Any, score: Any, temperature: Any) -> None:
@@ -90,6 +107,15 @@ def _check_partition(order: Any, n_routed: Any) -> None:
     if not isinstance(n_routed, Tensor) or n_routed.dtype != torch.int32 or n_routed.shape != (1,):
         raise ValueError(f"n_routed: got {_describe(n_routed)}, wanted int32 [1]")
     _check_device("n_routed", n_routed, "order", order.device)
+
+
+def partition_values(order: Tensor, n_routed: Tensor) -> None:
+    """Reads the tensors: not for fakes, nor before an op has refused."""
+    rows = order.shape[0]
+    if rows and not 0 <= int(order.min()) <= int(order.max()) < rows:
+        raise ValueError(f"order: got rows from {int(order.min())} to {int(order.max())}, wanted them in [0, {rows})")
+    if not 0 <= int(n_routed) <= rows:
+        raise ValueError(f"n_routed: got {int(n_routed)}, wanted 0 to N = {rows}")
 
 
 def _check_rows(name: str, value: Any, order: Tensor) -> None:

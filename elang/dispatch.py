@@ -57,7 +57,7 @@ def exact(
     """
     rows, classes = route.logits.shape
     mask = inputs.get("attention_mask") if trim and super_inputs is None else None
-    if not isinstance(mask, Tensor) or mask.dim() != 2:
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or len(mask) != rows:
         mask = None
     n_routed, length = _host_read(route, mask)
     if n_routed == 0:

@@ -44,8 +44,9 @@ def _devices() -> str:
 def _backend() -> str:
     ops = importlib.import_module("elang.ops")
     ops.warmup()
-    forced = "ELANG_BACKEND forces it" if "ELANG_BACKEND" in os.environ else "the default"
-    return f"{ops.backend()} ({forced})"
+    why = "ELANG_BACKEND forces it" if os.environ.get("ELANG_BACKEND") else "the default"
+    kernels = f", {ops.cpu_isa()} kernels" if ops.backend() == "cpp" else ""
+    return f"{ops.backend()}{kernels} ({why})"
 
 
 def collect() -> dict[str, str]:

@@ -83,7 +83,6 @@ class JointClassifier(nn.Module):
         self.backbone = backbones.find(swift)
         self.router = router
         head = self.backbone.head
-        # A Swift spread over devices ends on another one than it starts on.
         router.to(self.device if head is None else head.weight.device)
 
         columns = _swift_columns(swift, super_, label_map)
@@ -143,8 +142,8 @@ class JointClassifier(nn.Module):
             trim=self.trim,
             super_device=self.super_device,
         )
-        if output is None:
-            logits = logits.to(self.dtype)
+        # One dtype whoever answered: under autocast Super answers in another than its own.
+        logits = logits.to(self.dtype)
         loss = None if labels is None else F.cross_entropy(logits, labels.to(logits.device).view(-1))
         output_class = type(output) if isinstance(output, ModelOutput) else self._output_class
         answer = output_class(loss=loss, logits=logits)
@@ -306,7 +305,7 @@ def _annotated_output(super_: Any) -> type[ModelOutput]:
     """The output class that Super's `forward` says it returns, for batches that never reach it."""
     try:
         returned = typing.get_type_hints(getattr(super_, "forward", super_)).get("return")
-    except (NameError, TypeError):
+    except Exception:  # a hint that does not resolve says nothing
         returned = None
     for kind in (returned, *typing.get_args(returned)):
         if isinstance(kind, type) and issubclass(kind, ModelOutput):

@@ -9,6 +9,7 @@ Ops are for inference: inputs may require grad, a backward through an op raises.
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -23,6 +24,8 @@ from elang.reference import SCORES, Route
 
 BACKENDS = ("cpp", "reference")
 ISAS = ("baseline", "avx2", "avx512")
+
+_LIBRARY = Path(__file__).with_name("libelang_ops.so")
 
 # Bound once, and a NamedTuple made as a plain tuple is: a call of `route` takes 4 us, of which these would be a tenth.
 _grad_enabled = torch.is_grad_enabled
@@ -43,7 +46,7 @@ def _env(name: str, default: str, known: tuple[str, ...]) -> str:
 def _load() -> OSError | None:
     _env("ELANG_ISA", ISAS[-1], ISAS)  # csrc/cpu/isa.cpp reads it, and would take a misspelt one for none
     try:
-        torch.ops.load_library(Path(__file__).with_name("libelang_ops.so"))  # type: ignore[no-untyped-call]
+        torch.ops.load_library(_LIBRARY)  # type: ignore[no-untyped-call]
     except OSError as error:
         return error
     return None
@@ -56,6 +59,18 @@ _LOAD_ERROR = _load() if _BACKEND == "cpp" else None
 def backend() -> str:
     """Name of what serves the ops, one of `BACKENDS`."""
     return _BACKEND
+
+
+def cpu_isa() -> str:
+    """Instruction set of the CPU kernels in use, one of `ISAS`; `ELANG_ISA` caps it.
+
+    Raises:
+        ImportError: the compiled library does not load.
+    """
+    warmup()
+    library = ctypes.CDLL(str(_LIBRARY))
+    library.elang_cpu_isa.restype = ctypes.c_char_p
+    return cast(bytes, library.elang_cpu_isa()).decode()
 
 
 def warmup() -> None:
@@ -136,6 +151,7 @@ def _fake_route_logits(logits, threshold, score, temperature):  # type: ignore[n
 
 
 def _fake_gather_rows(tensors, order, n_routed, capacity):  # type: ignore[no-untyped-def]
+    checks.gather_rows(tensors, order, n_routed, capacity)
     return [t.new_empty((capacity, *t.shape[1:])) for t in tensors]
 
 
@@ -215,7 +231,8 @@ def route(
 
     Args:
         hidden: the head's input, one row per example. Any strides.
-        weight: the head. Its dtype may differ from that of `hidden`; all sums are float32.
+        weight: the head. Its dtype may differ from that of `hidden`; all sums are float32. With strided columns it is
+            packed on each call.
         bias: None or the head's bias.
         threshold: a row stays with Swift iff its score is finite and >= threshold, in float32. A float (NaN refused),
             or a float32 tensor [] or [1], which the host never reads (a NaN in it routes every row).
@@ -313,6 +330,7 @@ def gather_rows(
         return gathered
     except Exception:
         checks.gather_rows(tensors, order, n_routed, capacity)
+        checks.partition_values(order, n_routed)
         raise
 
 
@@ -350,4 +368,5 @@ def merge_rows(
         return merged
     except Exception:
         checks.merge_rows(kept, routed, order, n_routed)
+        checks.partition_values(order, n_routed)
         raise

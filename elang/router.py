@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from elang import ops
-from elang.reference import SCORES, Route
+from elang import checks, ops
+from elang.reference import Route
 
 
 class Router(nn.Module):
@@ -26,17 +25,15 @@ class Router(nn.Module):
         temperature: finite and > 0.
 
     Raises:
-        ValueError: unknown score, NaN threshold, temperature not finite or not > 0.
+        TypeError, ValueError: unknown score, NaN threshold, temperature not finite or not > 0.
     """
 
     threshold: Tensor  # [1] float32
 
     def __init__(self, score: str = "energy", *, threshold: float, temperature: float = 1.0) -> None:
         super().__init__()
-        if score not in SCORES:
-            raise ValueError(f"score: got {score!r}, wanted one of {', '.join(SCORES)}")
-        if not 0 < temperature < math.inf:
-            raise ValueError(f"temperature: got {temperature}, wanted a finite number > 0")
+        checks.score(score)
+        checks.temperature(temperature)
         self.score = score
         self.temperature = float(temperature)
         self.register_buffer("threshold", torch.empty(1, dtype=torch.float32))
@@ -44,8 +41,7 @@ class Router(nn.Module):
 
     def set_threshold(self, threshold: float) -> None:
         """Replace the threshold in place: captured graphs and compiled code see it at the next call."""
-        if math.isnan(threshold):
-            raise ValueError("threshold: got nan, wanted a number (-inf keeps every finite row, inf routes all)")
+        checks.threshold(threshold)
         self.threshold.copy_(torch.tensor([threshold], dtype=torch.float32))
 
     def forward(
@@ -67,6 +63,6 @@ class Router(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
         exact = self.threshold
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        # `fn` may have rounded it to the models' dtype: only its choice of device is taken.
-        self.threshold = exact.to(self.threshold.device)
+        if self.threshold.dtype != torch.float32:  # rounded to the models' dtype: only the choice of device is taken
+            self.threshold = exact.to(self.threshold.device)
         return self

@@ -203,6 +203,19 @@ def test_a_swift_whose_head_is_more_than_a_linear_layer_stays_whole(change):
     assert backbones.find(swift) == backbones.Backbone(swift, None)
 
 
+def test_a_forward_of_the_users_own_keeps_swift_whole_until_registered(monkeypatch):
+    class ScaledBertForSequenceClassification(transformers.BertForSequenceClassification):
+        def forward(self, **inputs):
+            output = super().forward(**inputs)
+            output.logits = output.logits / 3
+            return output
+
+    swift = ScaledBertForSequenceClassification(tiny_models.classifier("Bert").config)
+    assert backbones.find(swift).head is None
+    monkeypatch.setattr(backbones, "_registered", {ScaledBertForSequenceClassification: "classifier"})
+    assert backbones.find(swift).head is swift.classifier
+
+
 def test_a_layer_after_the_head_keeps_swift_whole():
     tiny = {"emb_dim": 8, "n_layers": 1, "n_heads": 2, "n_words": tiny_models.VOCAB, "pad_index": tiny_models.PAD}
     plain, tanh = (

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import elang
+import elang.ops
 
 ROUTE = "import torch, elang; print(elang.route_logits(torch.zeros(2, 3), 0.0).n_routed.item())"
 
@@ -35,12 +36,14 @@ def test_reference_backend_passes_the_tests_of_the_ops():
             "no:cacheprovider",
             folder / "test_route.py",
             folder / "test_rows.py",
+            folder / "test_properties.py",
         ],
         env={**os.environ, "ELANG_BACKEND": "reference"},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stdout[-3000:]
+    assert "ELANG_BACKEND=reference: about the compiled kernel" in done.stdout
 
 
 @pytest.mark.parametrize(("variable", "known"), [("ELANG_BACKEND", "cpp, reference"), ("ELANG_ISA", "baseline, avx2")])
@@ -86,10 +89,11 @@ def test_the_reference_needs_no_library(broken_install):
 
 
 def test_info_reports_and_never_raises(broken_install):
-    good = python("from elang.info import collect; import json; print(json.dumps(collect()))")
+    env = {"ELANG_BACKEND": "", "ELANG_ISA": ""}
+    good = python("from elang.info import collect; import json; print(json.dumps(collect()))", **env)
     facts = json.loads(good.stdout)
     assert facts["elang"] == elang.__version__
-    assert facts["op route"].startswith(("cpp", "reference"))
+    assert facts["op route"] == f"cpp, {elang.ops.cpu_isa()} kernels (the default)"
     assert "isa_levels baseline" in facts["build"]
     bad = python("import elang.info; elang.info.main()", broken_install)
     assert bad.returncode == 0, bad.stderr

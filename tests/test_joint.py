@@ -253,6 +253,13 @@ def test_logits_are_in_super_s_dtype_and_carry_no_gradient(swift, super_, inputs
     assert not answer.logits.requires_grad
 
 
+def test_autocast_does_not_let_the_answers_dtype_depend_on_the_rows(swift, super_, inputs):
+    for threshold in (-INF, INF):
+        joint = JointClassifier(swift, super_, Router(threshold=threshold))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert joint(**inputs).logits.dtype == torch.float32
+
+
 def test_a_bfloat16_pair_keeps_the_threshold_exact(swift, super_, inputs):
     joint = JointClassifier(copy.deepcopy(swift), copy.deepcopy(super_), Router(threshold=1.31044)).bfloat16()
     assert joint.swift.dtype == torch.bfloat16

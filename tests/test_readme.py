@@ -33,6 +33,10 @@ def test_code_runs_as_printed(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.rstrip().endswith("exact")
 
 
+def test_nothing_is_left_to_fill_in():
+    assert re.findall(r"@[A-Z]+@", README) == []
+
+
 def test_files_named_exist():
     named = {path for path in re.findall(r"`((?:csrc|elang|tests|benches|triton_kernels)/[\w./]*)`", README)}
     assert len(named) > 20

@@ -82,9 +82,23 @@ def test_bad_score_lists_the_known_ones():
 
 
 def test_nan_threshold_is_refused_and_leaves_the_old_one():
-    with pytest.raises(ValueError, match="threshold: got nan"):
+    with pytest.raises(ValueError, match="threshold: got NaN"):
         Router(threshold=float("nan"))
     router = Router(threshold=0.5)
-    with pytest.raises(ValueError, match="threshold: got nan"):
+    with pytest.raises(ValueError, match="threshold: got NaN"):
         router.set_threshold(float("nan"))
     assert router.threshold.item() == 0.5
+
+
+@pytest.mark.parametrize("argument", ["threshold", "temperature"])
+@pytest.mark.parametrize("value", ["1", None, True], ids=str)
+def test_what_is_no_number_is_refused_by_name(argument, value):
+    with pytest.raises(TypeError, match=rf"{argument}: got {value!r}"):
+        Router(**{"threshold": 0.0, argument: value})
+
+
+def test_materialised_from_meta():
+    router = Router(threshold=1.0).to("meta").to_empty(device="cpu")
+    assert router.threshold.device.type == "cpu"
+    router.set_threshold(2.0)
+    assert router.threshold.item() == 2.0

@@ -42,3 +42,6 @@ const RouteKernel& route_kernel() {
 }
 
 }  // namespace elang
+
+// For `elang info`.
+extern "C" __attribute__((visibility("default"))) const char* elang_cpu_isa() { return elang::route_kernel().isa; }

@@ -67,7 +67,7 @@ ELANG_HD Vec tile(const H* const* rows, const W* const* classes, int64_t width) 
   return reduce(sums);
 }
 
-// The logits of one block: z [C, kLanes], a row per lane. Rows and classes past the end repeat the last one.
+// The logits of one block: z [C, kLanes], a row per lane. A tile that overhangs repeats the last row and class.
 template <class H, class W>
 class BlockLogits {
   const RouteArgs& args_;
@@ -102,6 +102,8 @@ class BlockLogits {
 
   void operator()(const H* const* rows, int valid) const {
     const int64_t classes = args_.classes;
+    // Lanes without a row are scored with the others.
+    if (valid < kLanes) __builtin_memset(z_, 0, classes * kLanes * sizeof(float));
     if (valid == 1) {
       if (classes <= 4) return put<1, 4>(rows, 0, 0);
       for (int64_t c = 0; c < classes; c += kLanes) put<1, kLanes>(rows, 0, c);
@@ -114,14 +116,33 @@ class BlockLogits {
   }
 };
 
+// Classes whose terms are summed one after the other: their partial sums are merged, so rounding grows with C / kChunk.
+constexpr int64_t kChunk = 64;
+
 template <Score S>
 Vec score_lanes(const float* z, int64_t classes, float temperature) {
-  const float scale = 1.0f / temperature;
-  ScoreAccumulator<S, Vec> acc(load(z) * scale);
-  for (int64_t c = 1; c < classes; ++c) acc.add(load(z + c * kLanes) * scale);
+  using Accumulator = ScoreAccumulator<S, Vec>;
+  const bool scaled = temperature != 1.0f;
+  const auto logit = [&](int64_t c) {
+    const Vec v = load(z + c * kLanes);
+    // Not the product with 1 / T, whose second rounding a large logit would carry into its exponential.
+    return scaled ? v / temperature : v;
+  };
+  const auto chunk_end = [&](int64_t c) { return c + kChunk < classes ? c + kChunk : classes; };
+  const auto chunk = [&](int64_t begin) {
+    Accumulator acc(logit(begin), logit(0));
+    for (int64_t c = begin + 1; c < chunk_end(begin); ++c) acc.add(logit(c));
+    return acc;
+  };
+  Accumulator acc = chunk(0);
+  for (int64_t begin = kChunk; begin < classes; begin += kChunk) acc.merge(chunk(begin));
   Vec looked{};
-  if constexpr (acc.kSecondLook)
-    for (int64_t c = 0; c < classes; ++c) looked += acc.second_look(load(z + c * kLanes) * scale);
+  if constexpr (Accumulator::kSecondLook)
+    for (int64_t begin = 0; begin < classes; begin += kChunk) {
+      Vec part{};
+      for (int64_t c = begin; c < chunk_end(begin); ++c) part += acc.second_look(logit(c));
+      looked += part;
+    }
   return acc.finish(static_cast<int>(classes), temperature, looked);
 }
 
@@ -168,9 +189,9 @@ void head_rows(const RouteArgs& args, int64_t begin, int64_t end, float* scratch
   float* const z = bias + classes;
   widen_bias(args.bias, classes, bias);
   // A vector load wants unit column strides; anything else is packed, the head once and the rows block by block.
-  auto* packed_rows = reinterpret_cast<H*>(z + classes * kLanes);
-  auto* packed_head = reinterpret_cast<W*>(z + (classes + width) * kLanes);
   const bool pack_rows = args.hidden.col_stride != 1, pack_head = args.weight.col_stride != 1;
+  auto* packed_rows = reinterpret_cast<H*>(z + classes * kLanes);
+  auto* packed_head = reinterpret_cast<W*>(z + classes * kLanes + (pack_rows ? width * kLanes : 0));
   if (pack_head) pack(weight, args.weight.row_stride, args.weight.col_stride, classes, width, packed_head);
   const BlockLogits<H, W> logits(args, pack_head ? packed_head : weight, pack_head ? width : args.weight.row_stride, bias, z);
   auto* out = static_cast<H*>(args.logits);
@@ -209,17 +230,18 @@ void logits_rows(const RouteArgs& args, int64_t begin, int64_t end, float* z) {
 void rows(const RouteArgs& args, int64_t begin, int64_t end, float* scratch) {
   with_type(args.hidden.dtype, [&](auto* h) {
     using H = std::remove_pointer_t<decltype(h)>;
-    if (!args.weight.data) return logits_rows<H>(args, begin, end, scratch);
+    if (!args.head) return logits_rows<H>(args, begin, end, scratch);
     with_type(args.weight.dtype, [&](auto* w) {
       head_rows<H, std::remove_pointer_t<decltype(w)>>(args, begin, end, scratch);
     });
   });
 }
 
-// The bias, a block of logits and, where columns are strided, a packed block of rows and the packed head: see head_rows.
+// Of head_rows: the bias, a block of logits and, where columns are strided, a packed block of rows and the packed head.
 int64_t scratch(const RouteArgs& args) {
-  const bool packs = args.weight.data && (args.hidden.col_stride != 1 || args.weight.col_stride != 1);
-  return args.classes * (1 + kLanes) + (packs ? args.width * (kLanes + args.classes) : 0);
+  const int64_t rows = args.head && args.hidden.col_stride != 1 ? kLanes : 0;
+  const int64_t head = args.head && args.weight.col_stride != 1 ? args.classes : 0;
+  return args.classes * (1 + kLanes) + args.width * (rows + head);
 }
 
 }  // namespace

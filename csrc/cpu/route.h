@@ -17,10 +17,11 @@ struct Matrix {
 };
 
 struct RouteArgs {
-  Matrix hidden;       // [N, H]; the logits [N, C] themselves where `weight.data` is null
+  bool head;           // false: route_logits, `hidden` holds the logits [N, C] and the rest of the head is unused
+  Matrix hidden;       // [N, H]
   Matrix weight;       // [C, H]
   Matrix bias;         // [C, 1]; no data where the head has none
-  void* logits;        // [N, C] contiguous, dtype of `hidden`; null for route_logits
+  void* logits;        // [N, C] contiguous, dtype of `hidden`; unused by route_logits
   float* score;        // [N]
   int64_t rows, width, classes;  // N, H, C
   Score kind;

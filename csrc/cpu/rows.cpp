@@ -53,20 +53,23 @@ void partition(const float* score, int64_t n, float threshold, int64_t* order, i
   int64_t routed = 0;
   for (int64_t i = 0; i < n; ++i) routed += !keep(score[i], threshold);
   *n_routed = static_cast<int32_t>(routed);
-  int64_t next[2] = {0, routed};
-  for (int64_t i = 0; i < n; ++i) order[next[keep(score[i], threshold)]++] = i;
+  int64_t to_routed = 0, to_kept = routed;
+  for (int64_t i = 0; i < n; ++i) {
+    const bool kept = keep(score[i], threshold);
+    order[kept ? to_kept : to_routed] = i;
+    to_kept += kept;
+    to_routed += !kept;
+  }
 }
 
-void gather(const Rows& from, const int64_t* order, int64_t n_routed, int64_t capacity, char* out) {
+void gather(const Rows& from, const int64_t* order, int64_t last, int64_t begin, int64_t end, char* out) {
   const RowCopier copy(from);
-  const int64_t last = std::max<int64_t>(n_routed - 1, 0);
-  for (int64_t slot = 0; slot < capacity; ++slot) copy(order[std::min(slot, last)], out, slot);
+  for (int64_t slot = begin; slot < end; ++slot) copy(order[std::min(slot, last)], out, slot);
 }
 
-void merge(const Rows& kept, int64_t n, const Rows& routed, const int64_t* order, int64_t n_routed, char* out) {
-  const RowCopier copy_kept(kept), copy_routed(routed);
-  for (int64_t row = 0; row < n; ++row) copy_kept(row, out, row);
-  for (int64_t slot = 0; slot < n_routed; ++slot) copy_routed(slot, out, order[slot]);
+void scatter(const Rows& from, const int64_t* order, int64_t begin, int64_t end, char* out) {
+  const RowCopier copy(from);
+  for (int64_t slot = begin; slot < end; ++slot) copy(slot, out, order ? order[slot] : slot);
 }
 
 }  // namespace elang

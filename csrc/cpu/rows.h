@@ -21,10 +21,10 @@ struct Rows {
 // Stable partition by score, routed rows first: order [n], n_routed [1].
 void partition(const float* score, int64_t n, float threshold, int64_t* order, int32_t* n_routed);
 
-// out[slot] = from[order[min(slot, n_routed - 1)]] for every slot < capacity; out is contiguous.
-void gather(const Rows& from, const int64_t* order, int64_t n_routed, int64_t capacity, char* out);
+// out[slot] = from[order[min(slot, last)]] for every slot of [begin, end); out is contiguous.
+void gather(const Rows& from, const int64_t* order, int64_t last, int64_t begin, int64_t end, char* out);
 
-// out = kept, then out[order[slot]] = routed[slot] for every slot < n_routed; out is contiguous.
-void merge(const Rows& kept, int64_t n, const Rows& routed, const int64_t* order, int64_t n_routed, char* out);
+// out[order[slot]] = from[slot] for every slot of [begin, end), or out[slot] without an order; out is contiguous.
+void scatter(const Rows& from, const int64_t* order, int64_t begin, int64_t end, char* out);
 
 }  // namespace elang

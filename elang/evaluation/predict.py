@@ -1,0 +1,91 @@
+"""What Swift and Super answer on N texts, as plain numpy arrays: the input of calibration and of every table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from elang import backbones
+from elang.reference import SCORES
+from elang.router import Router
+
+Report = Callable[[int, int], None]  # rows done, of so many
+
+CLASSIFIER_SCORES = tuple(name for name in SCORES if name != "logit")
+
+
+def _silent(done: int, total: int) -> None:
+    pass
+
+
+class Encoded:
+    """N tokenised texts, cut at `max_length` tokens, and the batches made of them."""
+
+    def __init__(self, tokenizer: Any, texts: Sequence[str], max_length: int) -> None:
+        self._tokenizer = tokenizer
+        self._columns = dict(tokenizer(list(texts), truncation=True, max_length=max_length))
+        self.lengths = np.array([len(ids) for ids in self._columns["input_ids"]], dtype=np.int64)  # [N]
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def batch(self, rows: Sequence[int] | NDArray[np.int64]) -> dict[str, Tensor]:
+        """The models' inputs for these rows, padded to the longest of them."""
+        columns = {name: [values[i] for i in rows] for name, values in self._columns.items()}
+        return dict(self._tokenizer.pad(columns, return_tensors="pt"))
+
+    def by_length(self, batch_size: int, noise: ArrayLike = 0.0) -> Iterator[NDArray[np.int64]]:
+        """All rows, each once, in batches of similar length; `noise` (tokens, one number or [N]) loosens that."""
+        order = np.argsort(self.lengths + np.asarray(noise), kind="stable")
+        return (order[i : i + batch_size] for i in range(0, len(order), batch_size))
+
+
+@torch.inference_mode()
+def predict(model: Any, texts: Encoded, *, batch_size: int = 32, report: Report = _silent) -> NDArray[np.float32]:
+    """Logits [N, C] of a model on the CPU, in the order of `texts`."""
+    rows = list(texts.by_length(batch_size))
+    logits = []
+    for batch in rows:
+        logits.append(backbones.logits_of(model(**texts.batch(batch))).float().numpy())
+        report(sum(map(len, logits)), len(texts))
+    return _in_order(rows, logits)
+
+
+@torch.inference_mode()
+def predict_scored(
+    swift: Any,
+    texts: Encoded,
+    *,
+    scores: Sequence[str] = CLASSIFIER_SCORES,
+    temperature: float = 1.0,
+    batch_size: int = 32,
+    report: Report = _silent,
+) -> tuple[NDArray[np.float32], dict[str, NDArray[np.float32]]]:
+    """Swift's logits [N, C] and each score [N], from the very op that a `JointClassifier` decides by."""
+    backbone = backbones.find(swift)
+    head = backbone.head
+    routers = {name: Router(name, threshold=-math.inf, temperature=temperature) for name in scores}
+    rows = list(texts.by_length(batch_size))
+    logits: list[NDArray[np.float32]] = []
+    values: dict[str, list[NDArray[np.float32]]] = {name: [] for name in scores}
+    for batch in rows:
+        hidden = backbones.logits_of(backbone.run(**texts.batch(batch)))
+        for name, router in routers.items():
+            route = router.from_logits(hidden) if head is None else router(hidden, head.weight, head.bias)
+            values[name].append(route.score.numpy())
+        logits.append(route.logits.float().numpy())
+        report(sum(map(len, logits)), len(texts))
+    return _in_order(rows, logits), {name: _in_order(rows, parts) for name, parts in values.items()}
+
+
+def _in_order(rows: list[NDArray[np.int64]], parts: list[NDArray[np.float32]]) -> NDArray[np.float32]:
+    values = np.concatenate(parts)
+    ordered = np.empty_like(values)
+    ordered[np.concatenate(rows)] = values
+    return ordered
