@@ -66,14 +66,13 @@ def test_joint(benchmark, record, pair, lengths, batch):
     for b in batches(inputs, batch):
         routing = joint(**b).routing
         routed = routing.order[: int(routing.n_routed)]
-        ideal = routed_inputs(b, routed)
         runs = {
             "joint": lambda b=b: joint(**b),
             "naive": lambda b=b: naive(**b),
             "swift": lambda b=b: swift(**b),
         }
-        if ideal is not None:
-            runs["super_routed"] = lambda ideal=ideal: super_(**ideal)
+        if len(routed):
+            runs["super_routed"] = lambda ideal=routed_inputs(b, routed): super_(**ideal)
         measured = alternate({**runs, "super": lambda b=b: super_(**b)}, ROUNDS_WITH_SUPER)
         for name, seconds in alternate(runs, ROUNDS - ROUNDS_WITH_SUPER, warm_up=0).items():
             measured[name] += seconds
