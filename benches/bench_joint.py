@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification
@@ -66,14 +68,10 @@ def test_joint(benchmark, record, pair, lengths, batch):
     for b in batches(inputs, batch):
         routing = joint(**b).routing
         routed = routing.order[: int(routing.n_routed)]
-        runs = {
-            "joint": lambda b=b: joint(**b),
-            "naive": lambda b=b: naive(**b),
-            "swift": lambda b=b: swift(**b),
-        }
+        runs = {name: partial(model, **b) for name, model in (("joint", joint), ("naive", naive), ("swift", swift))}
         if len(routed):
-            runs["super_routed"] = lambda ideal=routed_inputs(b, routed): super_(**ideal)
-        measured = alternate({**runs, "super": lambda b=b: super_(**b)}, ROUNDS_WITH_SUPER)
+            runs["super_routed"] = partial(super_, **routed_inputs(b, routed))
+        measured = alternate({**runs, "super": partial(super_, **b)}, ROUNDS_WITH_SUPER)
         for name, seconds in alternate(runs, ROUNDS - ROUNDS_WITH_SUPER, warm_up=0).items():
             measured[name] += seconds
         for name, seconds in medians(measured).items():

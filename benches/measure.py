@@ -35,4 +35,5 @@ def allocations(run: Callable[[], Any]) -> int:
     """Tensor allocations of one call, as torch's profiler counts them."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
         run()
-    return sum(1 for event in trace.events() if event.name == "[memory]" and event.cpu_memory_usage > 0)
+    events = trace.profiler.kineto_results.events()
+    return sum(1 for event in events if event.name() == "[memory]" and event.nbytes() > 0)

@@ -21,6 +21,7 @@ from rich.table import Table
 import elang
 
 RESULTS = Path(__file__).parent / "results"
+ROUTE_BARS = (4.0, 2.5, 1.0)  # float32, over eager: geometric mean over C <= 3, over all cells, and the least
 EFFICIENCY_BAR = 0.97
 NAIVE_BARS = {4: 1.12, 16: 1.05, 64: 1.0}  # batch -> the least speed-up over the naive cascade on ragged batches
 
@@ -61,31 +62,28 @@ def _mark(value: float, bar: float) -> str:
     return f"{value:.2f} (bar {bar:g}: {'met' if value >= bar else 'MISSED'})"
 
 
-def _route(console: Console, cells: list[dict[str, Any]]) -> None:
+def _route(console: Console, measured: list[dict[str, Any]]) -> None:
     table = Table(
         "dtype", "rows", "H", "C", "eager us", "torch.compile us", "elang us", "p99 us", "x eager", "x compile"
     )
     for column in table.columns[1:]:
         column.justify = "right"
     ratios = {}
-    for c in cells:
+    for c in measured:
         us = {name: t["p50"] for name, t in c["microseconds"].items()}
         ratio = us["eager"] / us["elang"]
         ratios[c["dtype"], c["rows"], c["H"], c["C"]] = ratio
-        table.add_row(
-            c["dtype"], str(c["rows"]), str(c["H"]), str(c["C"]),
-            *(f"{us[name]:.1f}" for name in ("eager", "torch.compile", "elang")),
-            f"{c['microseconds']['elang']['p99']:.1f}", f"{ratio:.2f}", f"{us['torch.compile'] / us['elang']:.2f}",
-        )  # fmt: skip
+        cells = [c["dtype"], *(str(c[axis]) for axis in ("rows", "H", "C"))]
+        cells += [f"{us[name]:.1f}" for name in ("eager", "torch.compile", "elang")]
+        cells += [f"{c['microseconds']['elang']['p99']:.1f}", str(c["allocations"]["elang"])]
+        table.add_row(*cells, f"{ratio:.2f}", f"{us['torch.compile'] / us['elang']:.2f}")
     console.print(table)
     for dtype in dict.fromkeys(key[0] for key in ratios):
         every = [r for key, r in ratios.items() if key[0] == dtype]
         small = [r for key, r in ratios.items() if key[0] == dtype and key[3] <= 3]
-        bars = (4.0, 2.5, 1.0) if dtype == "float32" else (0.0, 0.0, 0.0)
-        console.print(
-            f"{dtype}, against eager: geometric mean C <= 3 {_mark(geometric_mean(small), bars[0])}; "
-            f"all {_mark(geometric_mean(every), bars[1])}; least {_mark(min(every), bars[2])}"
-        )
+        figures = [geometric_mean(small), geometric_mean(every), min(every)]
+        shown = map(_mark, figures, ROUTE_BARS) if dtype == "float32" else (f"{figure:.2f}" for figure in figures)
+        console.print("{}, against eager: geometric mean C <= 3 {}; all {}; least {}".format(dtype, *shown))
 
 
 def _joint(console: Console, cells: list[dict[str, Any]]) -> None:

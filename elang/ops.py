@@ -29,6 +29,7 @@ _LIBRARY = Path(__file__).with_name("libelang_ops.so")
 
 # Bound once, and a NamedTuple made as a plain tuple is: a call of `route` takes 4 us, of which these would be a tenth.
 _grad_enabled = torch.is_grad_enabled
+_is_compiling = torch.compiler.is_compiling
 _new_tuple = tuple.__new__
 _SCORE_INDEX = {name: index for index, name in enumerate(SCORES)}
 
@@ -120,10 +121,16 @@ def _reference_merge_rows(kept, routed, order, n_routed):  # type: ignore[no-unt
     return reference.merge_rows(kept, routed, order, n_routed)
 
 
-_ROUTE = _bind("route", _reference_route)
-_ROUTE_DEVICE_THRESHOLD = _bind("route", _reference_route, "device_threshold")
-_ROUTE_LOGITS = _bind("route_logits", _reference_route_logits)
-_ROUTE_LOGITS_DEVICE_THRESHOLD = _bind("route_logits", _reference_route_logits, "device_threshold")
+def _eager_and_compiled(op: Callable[..., Any]) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """To be indexed by `_is_compiling()`: torch.compile has to see the overload, whose __call__ is a Python frame that
+    takes a tenth of an eager call of `route`."""
+    return getattr(op, "_op", op), op
+
+
+_ROUTE = _eager_and_compiled(_bind("route", _reference_route))
+_ROUTE_DEVICE_THRESHOLD = _eager_and_compiled(_bind("route", _reference_route, "device_threshold"))
+_ROUTE_LOGITS = _eager_and_compiled(_bind("route_logits", _reference_route_logits))
+_ROUTE_LOGITS_DEVICE_THRESHOLD = _eager_and_compiled(_bind("route_logits", _reference_route_logits, "device_threshold"))
 _GATHER_ROWS = _bind("gather_rows", _reference_gather_rows)
 _MERGE_ROWS = _bind("merge_rows", _reference_merge_rows)
 
@@ -250,7 +257,8 @@ def route(
     Source: E-LANG (arXiv 2203.00748), the free energy and the routing rule.
     """
     try:
-        op = _ROUTE if isinstance(threshold, (float, int)) else _ROUTE_DEVICE_THRESHOLD
+        pair = _ROUTE if isinstance(threshold, (float, int)) else _ROUTE_DEVICE_THRESHOLD
+        op = pair[_is_compiling()]
         if _grad_enabled() and _needs_refusal((hidden, weight, bias)):
             op = partial(_InferenceOnly.apply, op)
         return _new_tuple(Route, op(hidden, weight, bias, threshold, _SCORE_INDEX[score], temperature))
@@ -285,7 +293,8 @@ def route_logits(
     Source: E-LANG (arXiv 2203.00748), the free energy and the routing rule.
     """
     try:
-        op = _ROUTE_LOGITS if isinstance(threshold, (float, int)) else _ROUTE_LOGITS_DEVICE_THRESHOLD
+        pair = _ROUTE_LOGITS if isinstance(threshold, (float, int)) else _ROUTE_LOGITS_DEVICE_THRESHOLD
+        op = pair[_is_compiling()]
         if _grad_enabled() and _needs_refusal((logits,)):
             op = partial(_InferenceOnly.apply, op)
         return Route(logits, *op(logits, threshold, _SCORE_INDEX[score], temperature))

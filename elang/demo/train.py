@@ -8,7 +8,7 @@ import multiprocessing
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -201,7 +201,7 @@ def fit(
 
 def _autocast(enabled: bool = True) -> torch.autocast:
     """bfloat16 where the processor multiplies it natively: elsewhere it is slower than float32."""
-    native = getattr(torch.cpu, "get_capabilities", dict)()  # an older torch cannot tell
+    native: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # an older torch cannot tell
     return torch.autocast(
         "cpu", torch.bfloat16, enabled=enabled and any(native.get(isa, False) for isa in ("avx512_bf16", "amx_bf16"))
     )
