@@ -34,7 +34,7 @@ def demo(
     """Train, calibrate and measure a Swift in front of a Super on real text, and say what came of it.
 
     The default is movie-review sentences (label = mean human rating above 0): Super is a six-layer encoder fine-tuned
-    on them, Swift its first layer distilled from Super. They contain 84 % of the SST-2 development set word for word:
+    on them, Swift its first layer distilled from Super. They contain most of the SST-2 development set word for word:
     never evaluate these models on SST-2. Training on their 6 600 rows takes about five minutes the first time, on two
     cores; on your rows, in proportion. Downloads and models are kept in ~/.cache/elang, or $ELANG_CACHE.
     """

@@ -110,7 +110,7 @@ def movie_reviews(cache: Path) -> Dataset:
     """10 603 distinct sentences of movie reviews; positive if their mean human rating is above 0.
 
     `unlabelled` are the product-review sentences of the same archive, their ratings left out. The movie reviews
-    contain 84 % of the SST-2 development sentences word for word: never evaluate models trained here on SST-2.
+    contain most of the SST-2 development sentences word for word: never evaluate models trained here on SST-2.
     """
     with zipfile.ZipFile(fetch(RATINGS, cache)) as package:
         archive = package.read("vaderSentiment-0.5/additional_resources/hutto_ICWSM_2014.tar.gz")
