@@ -44,7 +44,7 @@ def save(cells: dict[str, list[dict[str, Any]]]) -> Path:
     path = RESULTS / "cpu.json"
     kept = json.loads(path.read_text()) if path.exists() else {}
     about = {
-        "command": "make bench",
+        "command": " ".join(["python -m pytest", *sys.argv[1:]]),
         "device": _cpu(),
         "threads": 1,
         "isa": torch.backends.cpu.get_cpu_capability(),
@@ -64,7 +64,8 @@ def _mark(value: float, bar: float) -> str:
 
 def _route(console: Console, measured: list[dict[str, Any]]) -> None:
     table = Table(
-        "dtype", "rows", "H", "C", "eager us", "torch.compile us", "elang us", "p99 us", "x eager", "x compile"
+        *("dtype", "rows", "H", "C", "eager us", "torch.compile us", "elang us", "p99 us", "allocations"),
+        *("x eager", "x compile"),
     )
     for column in table.columns[1:]:
         column.justify = "right"

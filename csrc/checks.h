@@ -25,6 +25,11 @@ inline void check_shape(const Input& t, const char* name, std::initializer_list<
   STD_TORCH_CHECK(same, name, ": got shape ", shape_of(t), ", wanted ", wanted);
 }
 
+inline void check_rows(const Input& t, const char* name, int64_t rows) {
+  const bool same = t.dim > 0 && t.sizes[0] == rows;
+  STD_TORCH_CHECK(same, name, ": got shape ", shape_of(t), ", wanted [", rows, ", ...], the N of order");
+}
+
 inline void check_dtype(const Input& t, const char* name, int32_t dtype, const char* wanted) {
   STD_TORCH_CHECK(t.dtype == dtype, name, ": got another dtype, wanted ", wanted);
 }

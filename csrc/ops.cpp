@@ -45,9 +45,10 @@ Matrix matrix(const Input& t, const char* name) {
 void set_score(RouteArgs& args, int64_t kind, double temperature) {
   STD_TORCH_CHECK(kind >= 0 && kind < kNumScores, "score: got ", kind, ", wanted an index into elang.reference.SCORES");
   args.kind = static_cast<Score>(kind);
-  STD_TORCH_CHECK((args.kind == Score::logit) == (args.classes == 1) && args.classes > 0, "score: got C = ", args.classes,
-                  ", wanted C = 1 with `logit` and C >= 2 with any other");
-  STD_TORCH_CHECK(temperature > 0 && temperature < __builtin_inf(), "temperature: got ", temperature, ", wanted a finite number > 0");
+  const bool fits = args.classes > 0 && (args.kind == Score::logit) == (args.classes == 1);
+  STD_TORCH_CHECK(fits, "score: got C = ", args.classes, ", wanted C = 1 with `logit` and C >= 2 with any other");
+  const bool finite = temperature > 0 && temperature < __builtin_inf();
+  STD_TORCH_CHECK(finite, "temperature: got ", temperature, ", wanted a finite number > 0");
   args.temperature = static_cast<float>(temperature);
 }
 
@@ -164,7 +165,7 @@ HandleList gather_rows_cpu(HandleList handles, Handle order, Handle n_routed, in
   std::vector<Tensor> gathered;
   for (const Input& t : tensors) {
     check_cpu(t, "tensors");
-    STD_TORCH_CHECK(t.dim > 0 && t.sizes[0] == partition.rows(), "tensors: got shape ", shape_of(t), ", wanted [N, ...] with the N of order");
+    check_rows(t, "tensors", partition.rows());
     std::vector<int64_t> sizes(t.sizes, t.sizes + t.dim);
     sizes[0] = capacity;
     gathered.push_back(empty_cpu(t.dim, sizes.data(), t.dtype));
@@ -184,9 +185,9 @@ Handle merge_rows_cpu(Handle kept_handle, Handle routed_handle, Handle order, Ha
   const Partition partition(order, n_routed);
   check_cpu(kept, "kept");
   check_cpu(routed, "routed");
-  STD_TORCH_CHECK(kept.dim > 0 && kept.sizes[0] == partition.rows(), "kept: got shape ", shape_of(kept), ", wanted [N, ...] with the N of order");
+  check_rows(kept, "kept", partition.rows());
   const bool same_inner = routed.dim == kept.dim && std::equal(kept.sizes + 1, kept.sizes + kept.dim, routed.sizes + 1);
-  STD_TORCH_CHECK(same_inner, "routed: got shape ", shape_of(routed), ", wanted [K, ...] with the inner shape of kept ", shape_of(kept));
+  STD_TORCH_CHECK(same_inner, "routed: got shape ", shape_of(routed), ", wanted [K, ...] as in kept ", shape_of(kept));
   check_dtype(kept, "kept", routed.dtype, "that of routed");
   Tensor merged = empty_cpu(kept.dim, kept.sizes, kept.dtype);
   char* const out = merged.data_as<char>();

@@ -12,6 +12,30 @@ def _seed():
     torch.manual_seed(0)
 
 
+# The tests of the ops need no transformers: these import it when a test asks for them.
+
+
+@pytest.fixture(scope="module")
+def swift():
+    import tiny_models
+
+    return tiny_models.classifier("DistilBert")
+
+
+@pytest.fixture(scope="module")
+def super_():
+    import tiny_models
+
+    return tiny_models.classifier("Bert", seed=1)
+
+
+@pytest.fixture
+def inputs():
+    import tiny_models
+
+    return tiny_models.inputs()
+
+
 def pytest_collection_modifyitems(items):
     no_gpu = pytest.mark.skip(reason="no CUDA device")
     no_kernel = pytest.mark.skip(reason="ELANG_BACKEND=reference: about the compiled kernel")

@@ -9,6 +9,9 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from elang.joint import JointClassifier
+from elang.router import Router
+
 VOCAB, PAD, LENGTH, CLASSES = 64, 0, 9, 3
 
 _COMMON = {"vocab_size": VOCAB, "pad_token_id": PAD, "num_labels": CLASSES}
@@ -49,3 +52,17 @@ def inputs(lengths: tuple[int, ...] = (9, 3, 5, 1, 7, 2), seed: int = 0, left: b
 @torch.no_grad()
 def float64_logits(model: nn.Module, **inputs: Tensor) -> Tensor:
     return copy.deepcopy(model).double()(**inputs).logits
+
+
+def half_way(swift: Any, super_: Any, inputs: dict[str, Tensor], **options: Any) -> JointClassifier:
+    """A joint model whose threshold, between two scores, keeps half of these six rows."""
+    joint = JointClassifier(swift, super_, Router(threshold=-float("inf")), **options)
+    joint.router.set_threshold(joint(**inputs).routing.score.sort().values[2:4].mean().item())
+    return joint
+
+
+@torch.no_grad()
+def super_alone(super_: Any, inputs: dict[str, Tensor], rows: Tensor) -> Tensor:
+    """Super's logits on these rows, cut to the longest of them."""
+    length = int(inputs["attention_mask"][rows].sum(dim=1).max())
+    return super_(**{name: value[rows, :length] for name, value in inputs.items()}).logits

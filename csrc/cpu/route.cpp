@@ -4,6 +4,7 @@
 // score then runs with a row per lane. Every sum has the same order whatever the tile, so results do not depend on the batch.
 #include "route.h"
 
+#include <type_traits>
 #include <utility>
 
 #include "vec.h"

@@ -112,16 +112,8 @@ def unpack_encoder(cache: Path) -> Path:
 
 def fine_tune(report: Report, encoder: Path, folder: Path, dataset: Dataset) -> None:
     """Train Super on the labels of the training rows and save it."""
-    torch.manual_seed(SUPER.seed)
-    tokenizer = AutoTokenizer.from_pretrained(encoder)
-    model = AutoModelForSequenceClassification.from_pretrained(
-        encoder,
-        num_hidden_layers=SUPER.layers,
-        attention_probs_dropout_prob=SUPER.attention_dropout,
-        attn_implementation=TRAINING_ATTENTION,
-        id2label=dict(enumerate(dataset.label_names)),
-        label2id={name: i for i, name in enumerate(dataset.label_names)},
-    )
+    label2id = {name: i for i, name in enumerate(dataset.label_names)}
+    model, tokenizer = _first_layers(encoder, SUPER, id2label=dict(enumerate(dataset.label_names)), label2id=label2id)
     targets = torch.from_numpy(dataset.train.targets)
     texts = Encoded(tokenizer, dataset.train.texts, MAX_LENGTH)
     fit(model, texts, lambda logits, rows: F.cross_entropy(logits, targets[rows]), SUPER, report)
@@ -136,14 +128,7 @@ def distil(
     *taught: NDArray[np.float32],  # Super's logits, [N, C] in parts
 ) -> None:
     """Train Swift on Super's answers (Hinton et al. 2015), from Super's own first layer and head, and save it."""
-    torch.manual_seed(SWIFT.seed)
-    tokenizer = AutoTokenizer.from_pretrained(teacher)
-    model = AutoModelForSequenceClassification.from_pretrained(
-        teacher,
-        num_hidden_layers=SWIFT.layers,
-        attention_probs_dropout_prob=SWIFT.attention_dropout,
-        attn_implementation=TRAINING_ATTENTION,
-    )
+    model, tokenizer = _first_layers(teacher, SWIFT)
     answers = (torch.from_numpy(np.concatenate(taught)) / TEACHER_TEMPERATURE).softmax(dim=1)
 
     def loss(logits: Tensor, rows: NDArray[np.int64]) -> Tensor:
@@ -197,6 +182,19 @@ def fit(
             schedule.step()
             done += 1
             report(done, steps)
+
+
+def _first_layers(folder: Path, recipe: Recipe, **labels: Any) -> tuple[Any, Any]:
+    """The model to train, its new weights drawn with the recipe's seed, and its tokenizer."""
+    torch.manual_seed(recipe.seed)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        folder,
+        num_hidden_layers=recipe.layers,
+        attention_probs_dropout_prob=recipe.attention_dropout,
+        attn_implementation=TRAINING_ATTENTION,
+        **labels,
+    )
+    return model, AutoTokenizer.from_pretrained(folder)
 
 
 def _autocast(enabled: bool = True) -> torch.autocast:
