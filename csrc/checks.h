@@ -7,7 +7,7 @@
 #include <initializer_list>
 #include <string>
 
-#include "cpu/route.h"
+#include "route.h"
 #include "tensor.h"
 
 namespace elang {
@@ -34,8 +34,12 @@ inline void check_dtype(const Input& t, const char* name, int32_t dtype, const c
   STD_TORCH_CHECK(t.dtype == dtype, name, ": got another dtype, wanted ", wanted);
 }
 
-inline void check_cpu(const Input& t, const char* name) {
-  STD_TORCH_CHECK(t.device == kCPU, name, ": got another device, wanted the CPU like the rest");
+inline void check_device_type(const Input& t, const char* name, int32_t type) {
+  STD_TORCH_CHECK(t.device.type == type, name, ": got another device, wanted that of the other arguments");
+}
+
+inline void check_device(const Input& t, const char* name, Device device) {
+  STD_TORCH_CHECK(t.device == device, name, ": got another device, wanted that of the other arguments");
 }
 
 inline DType float_type(const Input& t, const char* name) {

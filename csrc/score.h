@@ -17,6 +17,11 @@ namespace elang {
 enum class Score : int { energy, energy_probs, energy_centered, max_prob, neg_entropy, margin, logit };
 constexpr int kNumScores = 7;
 
+template <Score S>
+struct ScoreIs {
+  static constexpr Score value = S;
+};
+
 template <class V>
 struct Math;  // exp, log and abs of a V; each backend specialises it for its own V
 
@@ -57,6 +62,16 @@ class ScoreAccumulator {
     }
     sum_ = d > zero ? sum_ * e + other.sum_ : sum_ + other.sum_ * e;
     max_ = d > zero ? other.max_ : max_;
+  }
+
+  // The accumulator of another lane: `exchange` is a warp shuffle, called by all lanes for each field.
+  template <class F>
+  ELANG_HD ScoreAccumulator from_lane(const F& exchange) const {
+    ScoreAccumulator other = *this;
+    other.max_ = exchange(max_);
+    other.sum_ = exchange(sum_);
+    if constexpr (S == Score::margin || S == Score::neg_entropy || S == Score::energy_centered) other.aux_ = exchange(aux_);
+    return other;
   }
 
   ELANG_HD V second_look(V z) const { return M::exp(M::exp(z - max_) / sum_); }

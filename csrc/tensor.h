@@ -12,11 +12,23 @@
 namespace elang {
 
 inline const int32_t kFloat32 = aoti_torch_dtype_float32();
+inline const int32_t kFloat64 = aoti_torch_dtype_float64();
 inline const int32_t kBFloat16 = aoti_torch_dtype_bfloat16();
 inline const int32_t kFloat16 = aoti_torch_dtype_float16();
 inline const int32_t kInt32 = aoti_torch_dtype_int32();
 inline const int32_t kInt64 = aoti_torch_dtype_int64();
+inline const int32_t kInt16 = aoti_torch_dtype_int16();
+inline const int32_t kInt8 = aoti_torch_dtype_int8();
+inline const int32_t kUInt8 = aoti_torch_dtype_uint8();
+inline const int32_t kBool = aoti_torch_dtype_bool();
 inline const int32_t kCPU = aoti_torch_device_type_cpu();
+inline const int32_t kCUDA = aoti_torch_device_type_cuda();
+
+struct Device {
+  int32_t type = 0, index = 0;
+
+  bool operator==(const Device& other) const { return type == other.type && index == other.index; }
+};
 
 // A tensor on the dispatcher's stack. Its receiver owns it: wrap it in an Input first of all.
 struct Handle {
@@ -35,6 +47,7 @@ class Tensor {
     if (handle_) aoti_torch_delete_tensor_object(handle_);
   }
 
+  bool defined() const { return handle_; }
   Handle release() { return {std::exchange(handle_, nullptr)}; }
 
   template <class T>
@@ -49,8 +62,6 @@ class Tensor {
     TORCH_ERROR_CODE_CHECK(getter(handle_, &value));
     return value;
   }
-
-  bool defined() const { return handle_; }
 };
 
 // An argument. What the checks look at is read once: every look is a call across the shim.
@@ -59,7 +70,8 @@ class Input : public Tensor {
   int64_t dim = 0;
   const int64_t* sizes = nullptr;
   const int64_t* strides = nullptr;
-  int32_t dtype = 0, device = 0;
+  int32_t dtype = 0;
+  Device device;
 
   explicit Input(Handle owned) : Tensor(owned) {
     if (!defined()) return;
@@ -67,7 +79,8 @@ class Input : public Tensor {
     sizes = read<int64_t*>(aoti_torch_get_sizes);
     strides = read<int64_t*>(aoti_torch_get_strides);
     dtype = read<int32_t>(aoti_torch_get_dtype);
-    device = read<int32_t>(aoti_torch_get_device_type);
+    device.type = read<int32_t>(aoti_torch_get_device_type);
+    if (device.type != kCPU) device.index = read<int32_t>(aoti_torch_get_device_index);
   }
 
   const void* data() const { return read<const void*>(torch_get_const_data_ptr); }
@@ -75,19 +88,19 @@ class Input : public Tensor {
 };
 
 // Contiguous and uninitialised. Through the shim: half the cost of the stable new_empty.
-inline Tensor empty_cpu(int64_t dims, const int64_t* sizes, int32_t dtype) {
+inline Tensor empty(int64_t dims, const int64_t* sizes, int32_t dtype, Device device) {
   constexpr int64_t kMaxDims = 16;
   STD_TORCH_CHECK(dims <= kMaxDims, "got a tensor of ", dims, " dimensions, wanted at most ", kMaxDims);
   int64_t strides[kMaxDims];
   for (int64_t d = dims - 1, stride = 1; d >= 0; stride *= sizes[d--]) strides[d] = stride;
   Handle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, dtype, kCPU, 0, &handle.raw));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, dtype, device.type, device.index, &handle.raw));
   return Tensor(handle);
 }
 
 template <size_t D>
-Tensor empty_cpu(const int64_t (&sizes)[D], int32_t dtype) {
-  return empty_cpu(static_cast<int64_t>(D), sizes, dtype);
+Tensor empty(const int64_t (&sizes)[D], int32_t dtype, Device device) {
+  return empty(static_cast<int64_t>(D), sizes, dtype, device);
 }
 
 }  // namespace elang

@@ -146,3 +146,12 @@ def merge_rows(kept: Any, routed: Any, order: Any, n_routed: Any) -> None:
             f"routed: got {_describe(routed)}, wanted [K, ...] with the inner shape of kept, {list(kept.shape)}"
         )
     _check_device("routed", routed, "order", order.device)
+
+
+def routed_extent(mask: Any, order: Any, n_routed: Any) -> None:
+    _check_partition(order, n_routed)
+    _check_rows("mask", mask, order)
+    if mask.dim() != 2:
+        raise ValueError(f"mask: got {_describe(mask)}, wanted [{order.shape[0]}, M]")
+    if mask.dtype.is_complex or mask.dtype.itemsize not in (1, 2, 4, 8):
+        raise TypeError(f"mask: got {_describe(mask)}, wanted bool, an integer or a float")

@@ -86,14 +86,9 @@ MODES = {"exact": exact}
 
 def _host_read(route: Route, mask: Tensor | None) -> tuple[int, int]:  # mask [N, M]
     """How many rows are routed and how long the longest is: the one place where the host waits for the device."""
-    # The CPU reads its own memory for nothing, and a batch that Swift keeps needs no length.
-    if mask is None or not len(mask) or (mask.is_cpu and not route.n_routed.item()):
+    if mask is None:
         return int(route.n_routed), 0
-    rows, columns = mask.shape
-    ends = torch.arange(1, max(rows, columns) + 1, dtype=torch.int32, device=mask.device)
-    lengths = ((mask != 0) * ends[:columns]).amax(dim=1)
-    longest = (lengths.index_select(0, route.order) * (ends[:rows] <= route.n_routed)).amax(dim=0, keepdim=True)
-    n_routed, length = torch.cat([route.n_routed, longest]).tolist()
+    n_routed, length = ops.routed_extent(mask, route.order, route.n_routed).tolist()
     return n_routed, length
 
 

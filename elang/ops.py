@@ -121,6 +121,11 @@ def _reference_merge_rows(kept, routed, order, n_routed):  # type: ignore[no-unt
     return reference.merge_rows(kept, routed, order, n_routed)
 
 
+def _reference_routed_extent(mask, order, n_routed):  # type: ignore[no-untyped-def]
+    checks.routed_extent(mask, order, n_routed)
+    return reference.routed_extent(mask, order, n_routed)
+
+
 def _eager_and_compiled(op: Callable[..., Any]) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """To be indexed by `_is_compiling()`: torch.compile has to see the overload, whose __call__ is a Python frame that
     takes a tenth of an eager call of `route`."""
@@ -133,6 +138,7 @@ _ROUTE_LOGITS = _eager_and_compiled(_bind("route_logits", _reference_route_logit
 _ROUTE_LOGITS_DEVICE_THRESHOLD = _eager_and_compiled(_bind("route_logits", _reference_route_logits, "device_threshold"))
 _GATHER_ROWS = _bind("gather_rows", _reference_gather_rows)
 _MERGE_ROWS = _bind("merge_rows", _reference_merge_rows)
+_ROUTED_EXTENT = _bind("routed_extent", _reference_routed_extent)
 
 
 # ---- fakes: shapes and dtypes for torch.compile and torch.export
@@ -167,6 +173,11 @@ def _fake_merge_rows(kept, routed, order, n_routed):  # type: ignore[no-untyped-
     return kept.new_empty(kept.shape)
 
 
+def _fake_routed_extent(mask, order, n_routed):  # type: ignore[no-untyped-def]
+    checks.routed_extent(mask, order, n_routed)
+    return n_routed.new_empty((2,))
+
+
 _FAKES: dict[str, Callable[..., Any]] = {
     "route": _fake_route,
     "route.device_threshold": _fake_route,
@@ -174,6 +185,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "route_logits.device_threshold": _fake_route_logits,
     "gather_rows": _fake_gather_rows,
     "merge_rows": _fake_merge_rows,
+    "routed_extent": _fake_routed_extent,
 }
 
 if _BACKEND == "cpp" and _LOAD_ERROR is None:
@@ -377,5 +389,36 @@ def merge_rows(
         return merged
     except Exception:
         checks.merge_rows(kept, routed, order, n_routed)
+        checks.partition_values(order, n_routed)
+        raise
+
+
+def routed_extent(
+    mask: Tensor,  # [N, M] bool, integer or float
+    order: Tensor,  # [N] int64
+    n_routed: Tensor,  # [1] int32
+) -> Tensor:
+    """How many rows are routed and how long the longest of them is: what a host has to know to size Super's batch.
+
+    `stack([n_routed, max(last nonzero column of mask[i] + 1 for i in order[:n_routed])])`
+
+    Args:
+        mask: an attention mask; a column counts iff it is not zero. Any strides.
+        order, n_routed: of `Route`.
+
+    Returns:
+        [2] int32: n_routed, and the length after which every routed row is masked (0 where nothing is routed).
+
+    Raises:
+        TypeError, ValueError: names the argument, what it got and what it wanted.
+
+    Synchronizes: no. CUDA graph: yes. Deterministic: yes.
+    Source: csrc/cpu/rows.cpp, csrc/cuda/rows.cuh.
+    """
+    try:
+        extent: Tensor = _ROUTED_EXTENT(mask, order, n_routed)
+        return extent
+    except Exception:
+        checks.routed_extent(mask, order, n_routed)
         checks.partition_values(order, n_routed)
         raise

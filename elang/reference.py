@@ -110,3 +110,17 @@ def merge_rows(
     merged = kept.to(routed.dtype, copy=True)
     merged[rows] = torch.where(valid, routed[:k], merged[rows])
     return merged
+
+
+def routed_extent(
+    mask: Tensor,  # [N, M]
+    order: Tensor,  # [N] int64
+    n_routed: Tensor,  # [1] int32
+) -> Tensor:
+    rows, columns = mask.shape
+    ends = torch.arange(1, columns + 1, dtype=torch.int32, device=mask.device)
+    if not mask.numel():
+        return torch.cat([n_routed, torch.zeros_like(n_routed)])
+    routed = torch.arange(rows, device=mask.device) < n_routed
+    lengths = ((mask != 0) * ends).amax(dim=1)[order] * routed
+    return torch.cat([n_routed, lengths.amax(dim=0, keepdim=True)])

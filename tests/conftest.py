@@ -1,10 +1,22 @@
 from __future__ import annotations
 
+import os
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
 from elang import ops
+
+
+def cuda_home() -> Path | None:
+    """Where the CUDA toolkit is, as CMakeLists.txt looks for it."""
+    nvcc = shutil.which("nvcc")
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), nvcc and Path(nvcc).resolve().parents[1]]
+    homes = [Path(home) for home in [*homes, "/usr/local/cuda"] if home]
+    return next((home for home in homes if (home / "include" / "cuda_runtime_api.h").exists()), None)
 
 
 @pytest.fixture(autouse=True)

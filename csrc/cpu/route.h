@@ -1,32 +1,9 @@
 // The CPU kernel of `route` and `route_logits`, as its launcher in ops.cpp sees it. Torch-free.
 #pragma once
 
-#include <stdint.h>
-
-#include "../score.h"
+#include "../route.h"
 
 namespace elang {
-
-enum class DType : int { float32, bfloat16, float16 };
-
-// A matrix [rows, cols]; strides in elements.
-struct Matrix {
-  const void* data;
-  DType dtype;
-  int64_t row_stride, col_stride;
-};
-
-struct RouteArgs {
-  bool head;           // false: route_logits, `hidden` holds the logits [N, C] and the rest of the head is unused
-  Matrix hidden;       // [N, H]
-  Matrix weight;       // [C, H]
-  Matrix bias;         // [C, 1]; no data where the head has none
-  void* logits;        // [N, C] contiguous, dtype of `hidden`; unused by route_logits
-  float* score;        // [N]
-  int64_t rows, width, classes;  // N, H, C
-  Score kind;
-  float temperature;
-};
 
 // One instruction set's build of cpu/route.cpp.
 struct RouteKernel {

@@ -36,19 +36,6 @@ class RowCopier {
 
 }  // namespace
 
-int64_t Rows::row_bytes() const {
-  int64_t bytes = item_bytes;
-  for (int d = 0; d < inner_dims; ++d) bytes *= sizes[d];
-  return bytes;
-}
-
-bool Rows::rows_are_contiguous() const {
-  int64_t expected = 1;
-  for (int d = inner_dims - 1; d >= 0; expected *= sizes[d--])
-    if (sizes[d] != 1 && strides[d] != expected) return false;
-  return true;
-}
-
 void partition(const float* score, int64_t n, float threshold, int64_t* order, int32_t* n_routed) {
   int64_t routed = 0;
   for (int64_t i = 0; i < n; ++i) routed += !keep(score[i], threshold);
@@ -70,6 +57,21 @@ void gather(const Rows& from, const int64_t* order, int64_t last, int64_t begin,
 void scatter(const Rows& from, const int64_t* order, int64_t begin, int64_t end, char* out) {
   const RowCopier copy(from);
   for (int64_t slot = begin; slot < end; ++slot) copy(slot, out, order ? order[slot] : slot);
+}
+
+int64_t routed_length(const Mask& mask, const int64_t* order, int64_t n_routed) {
+  const auto counts = [&](int64_t row, int64_t column) {
+    uint64_t item = 0;  // little-endian: the low bytes
+    std::memcpy(&item, mask.data + (row * mask.row_stride + column * mask.col_stride) * mask.item_bytes, mask.item_bytes);
+    return (mask.is_float ? item << (65 - 8 * mask.item_bytes) : item) != 0;
+  };
+  int64_t longest = 0;
+  for (int64_t slot = 0; slot < n_routed; ++slot) {
+    int64_t end = mask.columns;  // a row no longer than the longest so far need not be looked at further
+    while (end > longest && !counts(order[slot], end - 1)) --end;
+    longest = std::max(longest, end);
+  }
+  return longest;
 }
 
 }  // namespace elang

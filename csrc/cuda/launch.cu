@@ -1,0 +1,138 @@
+// Which kernel, on which grid.
+#include "launch.h"
+
+#include <initializer_list>
+
+#include "route.cuh"
+#include "rows.cuh"
+
+namespace elang {
+namespace {
+
+// Up to here the last block to arrive writes the order, alone; beyond, writing it would take one multiprocessor too long.
+constexpr int64_t kFewRows = 4096;
+constexpr int64_t kSharedBytes = 48000;  // of z; a block has 48 KiB without asking for more
+static_assert(kMaxHeadClasses * sizeof(float) <= kSharedBytes, "a row's logits fit");
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+#if defined(__CUDACC__)
+template <class P>
+cudaError_t enqueue(void (*kernel)(P), int64_t blocks, size_t shared_bytes, cudaStream_t stream, P params) {
+  void* arguments[] = {&params};
+  const dim3 grid(static_cast<unsigned>(blocks)), block(kThreads);
+  return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, block, arguments, shared_bytes, stream);
+}
+#endif
+
+cudaError_t set_partition(Partition& p, const RouteArgs& args, const RouteOut& out, int block_rows, cudaStream_t stream) {
+  p.score = args.score, p.order = out.order, p.n_routed = out.n_routed, p.rows = args.rows;
+  p.threshold = out.threshold, p.device_threshold = out.device_threshold;
+  p.block_rows = block_rows;
+  p.row_blocks = static_cast<int>(ceil_div(args.rows, block_rows));
+  const bool few = args.rows <= kFewRows;
+  p.blocks_per_finisher = static_cast<int>(few ? p.row_blocks : ceil_div(p.row_blocks, kMaxFinishers));
+  p.finishers = few ? 0 : static_cast<int>(ceil_div(p.row_blocks, p.blocks_per_finisher));
+  return ticket_for(stream, &p.ticket);
+}
+
+bool in_vectors(const Matrix& m, int64_t item_bytes) {
+  return m.col_stride == 1 && reinterpret_cast<uintptr_t>(m.data) % 16 == 0 && m.row_stride * item_bytes % 16 == 0;
+}
+
+int64_t item_bytes(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
+
+template <class Tile>
+cudaError_t launch_head(RouteParams& p, const RouteOut& out, int sms, cudaStream_t stream) {
+  const RouteArgs& args = p.args;
+  const auto block_rows = [&] { return kWarps / p.class_warps * Tile::kRows; };
+  const auto too_large = [&] { return block_rows() * args.classes * int64_t{sizeof(float)} > kSharedBytes; };
+  const auto too_few = [&] { return ceil_div(args.rows, block_rows()) < 2 * sms && p.class_warps * Tile::kClasses < args.classes; };
+  for (p.class_warps = 1; p.class_warps < kWarps && (too_large() || too_few());) p.class_warps *= 2;
+  if (const cudaError_t error = set_partition(p.partition, args, out, block_rows(), stream)) return error;
+  return enqueue(route_kernel<Tile>, p.partition.row_blocks + p.partition.finishers,
+                 block_rows() * args.classes * sizeof(float), stream, p);
+}
+
+// Larger tiles read the head less often, once there are enough of them to fill the device.
+template <class H, class W>
+cudaError_t launch_vectors(RouteParams& p, const RouteOut& out, int sms, cudaStream_t stream) {
+  using Large = VectorTile<H, W, 4>;
+  const int64_t tiles = ceil_div(p.args.rows, Large::kRows) * ceil_div(p.args.classes, Large::kClasses);
+  const bool fits = Large::kRows * p.args.classes * int64_t{sizeof(float)} <= kSharedBytes;
+  if (tiles >= sms * kWarps && fits) return launch_head<Large>(p, out, sms, stream);
+  return launch_head<VectorTile<H, W, 1>>(p, out, sms, stream);
+}
+
+UnitRows unit_rows(const Rows& rows, char* to, std::initializer_list<uintptr_t> also = {}) {
+  const int64_t bytes = rows.row_bytes(), stride = rows.row_stride * rows.item_bytes;
+  uintptr_t bits = reinterpret_cast<uintptr_t>(rows.data) | reinterpret_cast<uintptr_t>(to) | bytes | stride | 16;
+  for (uintptr_t more : also) bits |= more;
+  const int unit_log2 = __builtin_ctzll(bits);
+  return {rows.data, to, stride, bytes >> unit_log2, unit_log2};
+}
+
+}  // namespace
+
+cudaError_t launch_route(const RouteArgs& args, const RouteOut& out, cudaStream_t stream) {
+  RouteParams p{};
+  p.args = args;
+  p.score_lanes = 1;
+  while (p.score_lanes < kWarp && p.score_lanes < args.classes) p.score_lanes *= 2;
+  if (!args.head) {
+    if (const cudaError_t error = set_partition(p.partition, args, out, kThreads / p.score_lanes, stream)) return error;
+    return enqueue(route_logits_kernel, p.partition.row_blocks + p.partition.finishers, 0, stream, p);
+  }
+  int sms;
+  if (const cudaError_t error = multiprocessors(&sms)) return error;
+  const DType h = args.hidden.dtype, w = args.weight.dtype;
+  const bool vectors = in_vectors(args.hidden, item_bytes(h)) && in_vectors(args.weight, item_bytes(w)) &&
+                       args.width * item_bytes(h) % 16 == 0;
+  if (vectors && h == DType::float32 && w == h) return launch_vectors<float, float>(p, out, sms, stream);
+  if (vectors && h == DType::bfloat16 && w == h) return launch_vectors<__nv_bfloat16, __nv_bfloat16>(p, out, sms, stream);
+  if (vectors && h == DType::float16 && w == h) return launch_vectors<__half, __half>(p, out, sms, stream);
+  if (vectors && h == DType::bfloat16 && w == DType::float32) return launch_vectors<__nv_bfloat16, float>(p, out, sms, stream);
+  if (vectors && h == DType::float16 && w == DType::float32) return launch_vectors<__half, float>(p, out, sms, stream);
+  return launch_head<ElementTile>(p, out, sms, stream);
+}
+
+cudaError_t launch_gather(const GatherTensor* tensors, int count, const Order& order, int64_t capacity, cudaStream_t stream) {
+  for (int done = 0; done < count;) {
+    GatherParams p{order, capacity, 0, {}, {}};
+    int64_t blocks = 0;
+    for (; done < count && p.tensors < kMaxTensors; ++done) {
+      const UnitRows rows = unit_rows(tensors[done].from, tensors[done].to);
+      if (rows.row_units == 0) continue;
+      p.tensor[p.tensors] = rows;
+      blocks += ceil_div(rows.row_units * capacity, kUnitsPerBlock);
+      p.first_block[++p.tensors] = static_cast<unsigned>(blocks);
+    }
+    if (!blocks) continue;
+    if (const cudaError_t error = enqueue(gather_kernel, blocks, 0, stream, p)) return error;
+  }
+  return cudaSuccess;
+}
+
+cudaError_t launch_merge(
+    const Rows& kept, const Rows& routed, int64_t routed_rows, const Order& order, char* merged, cudaStream_t stream) {
+  const auto of = [&](const Rows& rows, const Rows& other) {
+    return unit_rows(rows, merged, {reinterpret_cast<uintptr_t>(other.data),
+                                    static_cast<uintptr_t>(other.row_stride * other.item_bytes)});
+  };
+  const MergeParams p{order, of(kept, routed), of(routed, kept), routed_rows};
+  return enqueue(merge_kernel, ceil_div(p.kept.row_units * order.rows, kUnitsPerBlock), 0, stream, p);
+}
+
+cudaError_t launch_extent(
+    const Mask& mask, const Order& order, int32_t* extent, Mail* mail, uint64_t sequence, cudaStream_t stream) {
+  int sms;
+  if (const cudaError_t error = multiprocessors(&sms)) return error;
+  ExtentParams p{mask, order, nullptr, extent, mail, sequence};
+  if (const cudaError_t error = ticket_for(stream, &p.ticket)) return error;
+  // A few rows a warp are quicker than an arrival of many blocks.
+  constexpr int64_t kRowsPerWarp = 4;
+  const int64_t blocks = ceil_div(order.rows, kWarps * kRowsPerWarp);
+  return enqueue(extent_kernel, blocks < 1 ? 1 : blocks < sms ? blocks : sms, 0, stream, p);
+}
+
+}  // namespace elang

@@ -1,0 +1,194 @@
+// Runs the launches of a case file through csrc/cuda on the host: run_kernels CASES DATA RESULTS.
+//
+// CASES holds a line a launch, the op's name and its arguments; DATA the arguments' bytes; the results' bytes go to RESULTS.
+// tests/test_kernels_on_host.py writes the first two and knows what to expect.
+#include "cuda_on_host.h"
+
+#include <fstream>
+#include <iostream>
+#include <string>
+
+namespace elang {
+
+__shared__ float block_logits[12000];
+
+namespace {
+template <class P>
+cudaError_t enqueue(void (*kernel)(P), int64_t blocks, size_t shared_bytes, cudaStream_t, P params) {
+  if (shared_bytes > sizeof(block_logits)) return cudaErrorInvalidConfiguration;
+  cuda_on_host::launch(blocks, [&] { kernel(params); });
+  return cudaSuccess;
+}
+}  // namespace
+}  // namespace elang
+
+#include "../../csrc/cuda/launch.cu"
+
+namespace elang {
+namespace {
+
+// One for all launches, as on a stream: each has to leave it as it was.
+Ticket ticket{};
+
+bool ticket_is_clear() {
+  const Ticket clear{};
+  return memcmp(&ticket, &clear, sizeof(ticket)) == 0;
+}
+
+}  // namespace
+
+cudaError_t ticket_for(cudaStream_t, Ticket** t) {
+  *t = &ticket;
+  return cudaSuccess;
+}
+
+// Few, so that small cases already use the large tiles.
+cudaError_t multiprocessors(int* count) {
+  *count = 2;
+  return cudaSuccess;
+}
+
+namespace {
+
+std::ifstream cases, data;
+std::ofstream results;
+
+template <class T>
+T next() {
+  T value;
+  if (!(cases >> value)) throw std::runtime_error("the case file ends early");
+  return value;
+}
+
+// Memory of exactly this size, so that a sanitizer sees the first byte past it.
+struct Buffer {
+  int64_t bytes;
+  char* data = nullptr;
+
+  explicit Buffer(int64_t bytes) : bytes(bytes) {
+    if (posix_memalign(reinterpret_cast<void**>(&data), 256, bytes ? bytes : 1)) throw std::bad_alloc();
+    memset(data, 0xa5, bytes);  // poison: a kernel has to write all of a result
+  }
+  Buffer(Buffer&& other) : bytes(other.bytes), data(std::exchange(other.data, nullptr)) {}
+  ~Buffer() { free(data); }
+  void save() const { results.write(data, bytes); }
+};
+
+// A tensor: its storage from DATA, and from CASES bytes of the storage, offset, item bytes, dims, sizes and strides.
+struct Tensor {
+  Buffer storage;
+  int64_t offset, item_bytes;
+  std::vector<int64_t> sizes, strides;
+
+  Tensor() : storage(next<int64_t>()), offset(next<int64_t>()), item_bytes(next<int64_t>()) {
+    ::elang::data.read(storage.data, storage.bytes);
+    sizes.resize(next<int64_t>());
+    for (int64_t& size : sizes) size = next<int64_t>();
+    strides.resize(sizes.size());
+    for (int64_t& stride : strides) stride = next<int64_t>();
+  }
+  char* data() const { return storage.data + offset * item_bytes; }
+  Matrix matrix(DType dtype) const { return {data(), dtype, strides[0], strides.size() > 1 ? strides[1] : 1}; }
+  Rows rows() const {
+    return {data(), item_bytes, strides[0], static_cast<int>(sizes.size()) - 1, sizes.data() + 1, strides.data() + 1};
+  }
+};
+
+DType next_dtype() { return static_cast<DType>(next<int>()); }
+
+void route(bool head) {
+  RouteArgs args{};
+  args.head = head;
+  args.kind = static_cast<Score>(next<int>());
+  args.temperature = next<float>();
+  const bool on_device = next<bool>();
+  const DType hidden_dtype = next_dtype(), weight_dtype = next_dtype(), bias_dtype = next_dtype();
+  const bool has_bias = next<bool>();
+  std::vector<Tensor> tensors;
+  for (int i = 0; i < 2 + head + has_bias; ++i) tensors.emplace_back();
+  const Tensor &threshold = tensors[0], &hidden = tensors[1];
+  args.hidden = hidden.matrix(hidden_dtype);
+  args.rows = hidden.sizes[0], args.classes = args.width = hidden.sizes[1];
+  if (head) {
+    args.weight = tensors[2].matrix(weight_dtype);
+    args.classes = tensors[2].sizes[0];
+  }
+  if (has_bias) args.bias = tensors[3].matrix(bias_dtype);
+  Buffer logits(head ? args.rows * args.classes * hidden.item_bytes : 0), score(args.rows * 4), order(args.rows * 8), n_routed(4);
+  args.logits = logits.data;
+  args.score = reinterpret_cast<float*>(score.data);
+  const auto* t = reinterpret_cast<const float*>(threshold.data());
+  const RouteOut out{reinterpret_cast<int64_t*>(order.data), reinterpret_cast<int32_t*>(n_routed.data),
+                     on_device ? 0.0f : *t, on_device ? t : nullptr};
+  if (launch_route(args, out, nullptr)) throw std::runtime_error("route: launch failed");
+  for (const Buffer* b : {&logits, &score, &order, &n_routed}) b->save();
+}
+
+struct PartitionTensors {
+  Tensor order, n_routed;
+  Order as_order() const {
+    return {reinterpret_cast<const int64_t*>(order.data()), order.strides[0],
+            reinterpret_cast<const int32_t*>(n_routed.data()), order.sizes[0]};
+  }
+};
+
+void gather() {
+  const auto capacity = next<int64_t>();
+  const PartitionTensors partition;
+  std::vector<Tensor> tensors;
+  for (int64_t left = next<int64_t>(); left > 0; --left) tensors.emplace_back();
+  std::vector<Buffer> out;
+  std::vector<GatherTensor> arguments;
+  for (const Tensor& t : tensors) {
+    out.emplace_back(capacity * t.rows().row_bytes());
+    arguments.push_back({t.rows(), out.back().data});
+  }
+  if (launch_gather(arguments.data(), static_cast<int>(arguments.size()), partition.as_order(), capacity, nullptr))
+    throw std::runtime_error("gather: launch failed");
+  for (const Buffer& b : out) b.save();
+}
+
+void merge() {
+  const PartitionTensors partition;
+  const Tensor kept, routed;
+  const Buffer merged(kept.sizes[0] * kept.rows().row_bytes());
+  if (launch_merge(kept.rows(), routed.rows(), routed.sizes[0], partition.as_order(), merged.data, nullptr))
+    throw std::runtime_error("merge: launch failed");
+  merged.save();
+}
+
+void extent() {
+  const bool is_float = next<bool>(), by_mail = next<bool>();
+  const PartitionTensors partition;
+  const Tensor mask;
+  const Buffer out(8);
+  Mail mail{};
+  const Mask m{mask.data(), mask.item_bytes, is_float, mask.strides[0], mask.strides[1], mask.sizes[0], mask.sizes[1]};
+  auto* extent = by_mail ? nullptr : reinterpret_cast<int32_t*>(out.data);
+  if (launch_extent(m, partition.as_order(), extent, by_mail ? &mail : nullptr, 7, nullptr))
+    throw std::runtime_error("extent: launch failed");
+  if (by_mail) {
+    if (mail.sequence != 7) throw std::runtime_error("extent: no mail");
+    memcpy(out.data, &mail, 8);
+  }
+  out.save();
+}
+
+}  // namespace
+}  // namespace elang
+
+int main(int argc, char** argv) {
+  using namespace elang;
+  if (argc != 4) return 2;
+  cases.open(argv[1]), data.open(argv[2], std::ios::binary), results.open(argv[3], std::ios::binary);
+  for (std::string op; cases >> op;) {
+    if (op == "route") route(true);
+    else if (op == "route_logits") route(false);
+    else if (op == "gather") gather();
+    else if (op == "merge") merge();
+    else if (op == "extent") extent();
+    else throw std::runtime_error("unknown op " + op);
+    if (!ticket_is_clear()) throw std::runtime_error(op + " left its ticket marked");
+  }
+  return 0;
+}
