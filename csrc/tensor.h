@@ -41,13 +41,16 @@ class Tensor {
  public:
   explicit Tensor(Handle owned) : handle_(owned.raw) {}
   Tensor(Tensor&& other) noexcept : handle_(std::exchange(other.handle_, nullptr)) {}
-  Tensor(const Tensor&) = delete;
-  Tensor& operator=(const Tensor&) = delete;
+  Tensor& operator=(Tensor&& other) noexcept {
+    std::swap(handle_, other.handle_);
+    return *this;
+  }
   ~Tensor() {
     if (handle_) aoti_torch_delete_tensor_object(handle_);
   }
 
   bool defined() const { return handle_; }
+  void copy_from(const Tensor& other) { TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(handle_, other.handle_, 0)); }
   Handle release() { return {std::exchange(handle_, nullptr)}; }
 
   template <class T>

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from elang import ops
+from elang import host_read, ops
 from elang.backbones import logits_of
 from elang.reference import Route
 
@@ -40,7 +40,7 @@ def exact(
     Tensors in `inputs` whose first dimension is N are row tensors; whatever else is there passes as it is. With
     `trim` the trailing columns that `attention_mask` [N, M] hides in every routed row are cut from all inputs whose
     second dimension is M. Nothing routed: Super is not called. Everything routed: the inputs are not copied. One host
-    read, of 8 bytes.
+    read, of 8 bytes: see `elang.host_read`.
 
     Args:
         route: Swift's decision; its logits are in Super's label order.
@@ -59,7 +59,7 @@ def exact(
     mask = inputs.get("attention_mask") if trim and super_inputs is None else None
     if not isinstance(mask, Tensor) or mask.dim() != 2 or len(mask) != rows:
         mask = None
-    n_routed, length = _host_read(route, mask)
+    n_routed, length = host_read.routed_extent(route.order, route.n_routed, mask)
     if n_routed == 0:
         return route.logits, None
 
@@ -82,14 +82,6 @@ def exact(
 
 
 MODES = {"exact": exact}
-
-
-def _host_read(route: Route, mask: Tensor | None) -> tuple[int, int]:  # mask [N, M]
-    """How many rows are routed and how long the longest is: the one place where the host waits for the device."""
-    if mask is None:
-        return int(route.n_routed), 0
-    n_routed, length = ops.routed_extent(mask, route.order, route.n_routed).tolist()
-    return n_routed, length
 
 
 def _trimmed(inputs: dict[str, Any], columns: int, length: int) -> dict[str, Any]:

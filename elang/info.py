@@ -11,7 +11,7 @@ from importlib import metadata
 from typing import Any
 
 PACKAGES = ("elang", "torch", "numpy", "transformers", "safetensors", "triton")
-OPS = ("route", "route_logits", "gather_rows", "merge_rows")
+OPS = ("route", "route_logits", "gather_rows", "merge_rows", "routed_extent")
 
 
 def _try(read: Callable[[], Any]) -> Any:
@@ -46,7 +46,18 @@ def _backend() -> str:
     ops.warmup()
     why = "ELANG_BACKEND forces it" if os.environ.get("ELANG_BACKEND") else "the default"
     kernels = f", {ops.cpu_isa()} kernels" if ops.backend() == "cpp" else ""
-    return f"{ops.backend()}{kernels} ({why})"
+    cuda = "reference" if ops.backend() == "reference" else "compiled kernels"
+    if ops.backend() == "cpp" and (obstacle := ops.cuda_obstacle()):
+        cuda = f"none, {obstacle}"
+    return f"cpu: {ops.backend()}{kernels} ({why}); cuda: {cuda}"
+
+
+def _host_read() -> str:
+    host_read = importlib.import_module("elang.host_read")
+    torch = importlib.import_module("torch")
+    if not torch.cuda.is_available():
+        return f"{host_read.way()}, of no use without a CUDA device"
+    return "; ".join(f"cuda:{i} {host_read.in_use(torch.device('cuda', i))}" for i in range(torch.cuda.device_count()))
 
 
 def collect() -> dict[str, str]:
@@ -58,6 +69,7 @@ def collect() -> dict[str, str]:
         "build": _try(_build),
         "devices": _try(_devices),
     }
+    facts["host read"] = _try(_host_read)
     served = _try(_backend)
     return facts | {f"op {op}": served for op in OPS}
 

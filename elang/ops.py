@@ -12,7 +12,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,7 +25,7 @@ from elang.reference import SCORES, Route
 BACKENDS = ("cpp", "reference")
 ISAS = ("baseline", "avx2", "avx512")
 
-_LIBRARY = Path(__file__).with_name("libelang_ops.so")
+LIBRARY = Path(__file__).with_name("libelang_ops.so")
 
 # Bound once, and a NamedTuple made as a plain tuple is: a call of `route` takes 4 us, of which these would be a tenth.
 _grad_enabled = torch.is_grad_enabled
@@ -47,7 +47,7 @@ def _env(name: str, default: str, known: tuple[str, ...]) -> str:
 def _load() -> OSError | None:
     _env("ELANG_ISA", ISAS[-1], ISAS)  # csrc/cpu/isa.cpp reads it, and would take a misspelt one for none
     try:
-        torch.ops.load_library(_LIBRARY)  # type: ignore[no-untyped-call]
+        torch.ops.load_library(LIBRARY)  # type: ignore[no-untyped-call]
     except OSError as error:
         return error
     return None
@@ -69,9 +69,34 @@ def cpu_isa() -> str:
         ImportError: the compiled library does not load.
     """
     warmup()
-    library = ctypes.CDLL(str(_LIBRARY))
+    library = ctypes.CDLL(str(LIBRARY))
     library.elang_cpu_isa.restype = ctypes.c_char_p
     return cast(bytes, library.elang_cpu_isa()).decode()
+
+
+@cache
+def cuda_obstacle() -> str | None:
+    """Why the compiled kernels cannot serve CUDA tensors in this process, or None. Starts no CUDA context."""
+    if _BACKEND == "reference":
+        return "ELANG_BACKEND=reference is set"
+    if _LOAD_ERROR is not None:
+        return f"the compiled library does not load: {_LOAD_ERROR}"
+    library = ctypes.CDLL(str(LIBRARY))
+    if not hasattr(library, "elang_cuda_obstacle"):
+        return "elang was built without CUDA: install the CUDA toolkit (nvcc) and reinstall elang"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    library.elang_cuda_obstacle.restype = ctypes.c_char_p
+    said: bytes | None = library.elang_cuda_obstacle()
+    return None if said is None else said.decode()
+
+
+def _explain_no_kernel(tensor: Any) -> None:
+    """Once an op has failed: whether it is for want of a kernel for the tensor's device."""
+    if isinstance(tensor, Tensor) and tensor.is_cuda and (obstacle := cuda_obstacle()):
+        raise RuntimeError(
+            f"elang's CUDA kernels cannot run: {obstacle}. ELANG_BACKEND=reference runs the ops in plain PyTorch"
+        )
 
 
 def warmup() -> None:
@@ -250,8 +275,9 @@ def route(
 
     Args:
         hidden: the head's input, one row per example. Any strides.
-        weight: the head. Its dtype may differ from that of `hidden`; all sums are float32. With strided columns it is
-            packed on each call.
+        weight: the head. Its dtype may differ from that of `hidden`; all sums are float32. With strided columns the CPU
+            packs it on each call. CUDA reads 16 bytes at a time where rows of `hidden` and `weight` are aligned to them
+            and an element at a time elsewhere, and takes C up to 12 000.
         bias: None or the head's bias.
         threshold: a row stays with Swift iff its score is finite and >= threshold, in float32. A float (NaN refused),
             or a float32 tensor [] or [1], which the host never reads (a NaN in it routes every row).
@@ -260,12 +286,12 @@ def route(
 
     Returns:
         Route(logits [N, C] in the dtype of `hidden`, score [N] float32, order [N] int64, n_routed [1] int32).
-        On the CPU a row's results are bit-identical whatever else is in the batch.
+        A row's results are bit-identical whatever else is in the batch.
 
     Raises:
         TypeError, ValueError: names the argument, what it got and what it wanted.
 
-    Synchronizes: no. CUDA graph: no CUDA kernel yet. Deterministic: yes.
+    Synchronizes: no. CUDA graph: yes. Deterministic: yes.
     Source: E-LANG (arXiv 2203.00748), the free energy and the routing rule.
     """
     try:
@@ -276,6 +302,7 @@ def route(
         return _new_tuple(Route, op(hidden, weight, bias, threshold, _SCORE_INDEX[score], temperature))
     except Exception:
         checks.route(hidden, weight, bias, threshold, score, temperature)
+        _explain_no_kernel(hidden)
         raise
 
 
@@ -301,7 +328,7 @@ def route_logits(
     Raises:
         TypeError, ValueError: names the argument, what it got and what it wanted.
 
-    Synchronizes: no. CUDA graph: no CUDA kernel yet. Deterministic: yes.
+    Synchronizes: no. CUDA graph: yes. Deterministic: yes.
     Source: E-LANG (arXiv 2203.00748), the free energy and the routing rule.
     """
     try:
@@ -312,6 +339,7 @@ def route_logits(
         return Route(logits, *op(logits, threshold, _SCORE_INDEX[score], temperature))
     except Exception:
         checks.route_logits(logits, threshold, score, temperature)
+        _explain_no_kernel(logits)
         raise
 
 
@@ -326,8 +354,9 @@ def gather_rows(
     `[t[order[arange(capacity).clamp(max=max(n_routed - 1, 0))]] for t in tensors]`
 
     Args:
-        tensors: whatever Super takes row by row. Any strides; the results are contiguous.
-        order, n_routed: of `Route`.
+        tensors: whatever Super takes row by row. Any strides; the results are contiguous. CUDA moves up to 16
+            tensors in one launch, and copies those first whose rows are not contiguous.
+        order, n_routed: of `Route`. CUDA checks their values on the device, where a bad one ends the process's context.
         capacity: rows of the results. Fewer than n_routed takes the first `capacity` of them.
 
     Returns:
@@ -336,8 +365,8 @@ def gather_rows(
     Raises:
         TypeError, ValueError: names the argument, what it got and what it wanted.
 
-    Synchronizes: no. CUDA graph: no CUDA kernel yet. Deterministic: yes.
-    Source: csrc/cpu/rows.cpp.
+    Synchronizes: no. CUDA graph: yes. Deterministic: yes.
+    Source: csrc/cpu/rows.cpp, csrc/cuda/rows.cuh.
     """
     tensors = list(tensors)
     try:
@@ -351,6 +380,7 @@ def gather_rows(
         return gathered
     except Exception:
         checks.gather_rows(tensors, order, n_routed, capacity)
+        _explain_no_kernel(order)
         checks.partition_values(order, n_routed)
         raise
 
@@ -376,8 +406,8 @@ def merge_rows(
     Raises:
         TypeError, ValueError: names the argument, what it got and what it wanted.
 
-    Synchronizes: no. CUDA graph: no CUDA kernel yet. Deterministic: yes.
-    Source: csrc/cpu/rows.cpp.
+    Synchronizes: no. CUDA graph: yes. Deterministic: yes.
+    Source: csrc/cpu/rows.cpp, csrc/cuda/rows.cuh.
     """
     try:
         if kept.dtype != routed.dtype:
@@ -389,6 +419,7 @@ def merge_rows(
         return merged
     except Exception:
         checks.merge_rows(kept, routed, order, n_routed)
+        _explain_no_kernel(order)
         checks.partition_values(order, n_routed)
         raise
 
@@ -420,5 +451,6 @@ def routed_extent(
         return extent
     except Exception:
         checks.routed_extent(mask, order, n_routed)
+        _explain_no_kernel(order)
         checks.partition_values(order, n_routed)
         raise

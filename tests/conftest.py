@@ -48,6 +48,23 @@ def inputs():
     return tiny_models.inputs()
 
 
+@pytest.fixture
+def device(request):
+    """Where a test's tensors are made: it runs once for each, `cpu_only` ones on the CPU alone."""
+    if request.param != "cpu":
+        torch.set_default_device(request.param)
+    yield torch.device(request.param)
+    torch.set_default_device(None)
+
+
+def pytest_generate_tests(metafunc):
+    if "device" in metafunc.fixturenames:
+        gpu = (
+            [] if metafunc.definition.get_closest_marker("cpu_only") else [pytest.param("cuda", marks=pytest.mark.gpu)]
+        )
+        metafunc.parametrize("device", ["cpu", *gpu], indirect=True)
+
+
 def pytest_collection_modifyitems(items):
     no_gpu = pytest.mark.skip(reason="no CUDA device")
     no_kernel = pytest.mark.skip(reason="ELANG_BACKEND=reference: about the compiled kernel")

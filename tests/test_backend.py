@@ -93,7 +93,9 @@ def test_info_reports_and_never_raises(broken_install):
     good = python("from elang.info import collect; import json; print(json.dumps(collect()))", **env)
     facts = json.loads(good.stdout)
     assert facts["elang"] == elang.__version__
-    assert facts["op route"] == f"cpp, {elang.ops.cpu_isa()} kernels (the default)"
+    cuda = elang.ops.cuda_obstacle()
+    cuda = "compiled kernels" if cuda is None else f"none, {cuda}"
+    assert facts["op route"] == f"cpu: cpp, {elang.ops.cpu_isa()} kernels (the default); cuda: {cuda}"
     assert "isa_levels baseline" in facts["build"]
     bad = python("import elang.info; elang.info.main()", broken_install)
     assert bad.returncode == 0, bad.stderr

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from elang import dispatch, ops
+from elang import dispatch, host_read, ops
 from elang.reference import Route
 
 LENGTHS = (9, 3, 5, 1, 7, 2)
@@ -250,16 +250,16 @@ def test_the_host_reads_once(monkeypatch, routed, masked):
     if not masked:
         del inputs["attention_mask"]
     route, answers = decide(*routed), []
-    host_read = dispatch._host_read
-    monkeypatch.setattr(dispatch, "_host_read", lambda *args: answers.append(host_read(*args)) or answers[-1])
+    read = host_read.routed_extent
+    monkeypatch.setattr(host_read, "routed_extent", lambda *args: answers.append(read(*args)) or answers[-1])
     dispatch.exact(route, Recorder(), inputs)
     longest = max((LENGTHS[row] for row in routed), default=0) if masked else 0
     assert answers == [(len(routed), longest)]
 
-    monkeypatch.setattr(dispatch, "_host_read", lambda *args: answers[0])
+    monkeypatch.setattr(host_read, "routed_extent", lambda *args: answers[0])
     with HostReads() as host:
         dispatch.exact(route, Recorder(), inputs)
     assert host.reads == 0
     with HostReads() as host:
-        host_read(route, None)
+        read(route.order, route.n_routed, None)
     assert host.reads == 1

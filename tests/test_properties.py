@@ -11,8 +11,12 @@ from elang import reference
 
 pytest.importorskip("hypothesis")
 
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+pytestmark = pytest.mark.usefixtures("device")
+settings.register_profile("elang", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+settings.load_profile("elang")
 
 SCORES = [name for name in reference.SCORES if name != "logit"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.bool)
@@ -26,7 +30,7 @@ def filled(shape, dtype):
     return torch.randint(0, 2 if dtype is torch.bool else 100, shape).to(dtype)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(
     rows=st.lists(st.lists(st.floats(width=32), min_size=3, max_size=3), min_size=0, max_size=70),
     threshold=st.floats(width=32, allow_nan=False),
@@ -37,7 +41,7 @@ def test_any_logits_give_a_stable_partition(rows, threshold, score):
     assert_partition(elang.route_logits(logits, threshold, score=score), threshold)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(keep=st.lists(st.booleans(), min_size=1, max_size=40), extra=st.integers(-3, 5), data=st.data())
 def test_matches_reference(keep, extra, data):
     order, n_routed = partition(keep)
@@ -55,7 +59,7 @@ def test_matches_reference(keep, extra, data):
     assert torch.equal(merged, reference.merge_rows(ids, answers, order, n_routed))
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(keep=st.lists(st.booleans(), min_size=0, max_size=40), padding=st.integers(0, 4))
 def test_every_row_gets_exactly_one_answer_in_input_order(keep, padding):
     n = len(keep)

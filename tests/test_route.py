@@ -33,6 +33,8 @@ SHAPES = [
     (4, 0, 3),
 ]
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 def head(n, h, c, dtype=torch.float32, weight_dtype=None):
     hidden = torch.randn(n, h).to(dtype)
@@ -244,6 +246,7 @@ def test_a_row_does_not_depend_on_its_batch(shape, dtype):
         assert torch.equal(alone.score[0], whole.score[i])
 
 
+@pytest.mark.cpu_only
 @pytest.mark.compiled
 def test_threads_do_not_change_a_bit():
     args = head(4099, 768, 20)
@@ -257,6 +260,7 @@ def test_threads_do_not_change_a_bit():
         torch.set_num_threads(threads)
 
 
+@pytest.mark.cpu_only
 @pytest.mark.compiled
 @pytest.mark.parametrize("isa", ops.ISAS)
 def test_every_instruction_set_matches_float64(isa):
@@ -264,7 +268,20 @@ def test_every_instruction_set_matches_float64(isa):
     if os.environ.get("ELANG_ISA"):
         pytest.skip("ELANG_ISA is set: this is such a process")
     tests = "matches_float64 or strided or masked or not_depend"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", tests]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        __file__,
+        "-k",
+        tests,
+        "-m",
+        "not gpu",
+    ]
     done = subprocess.run(command, env={**os.environ, "ELANG_ISA": isa}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
 
@@ -292,8 +309,9 @@ def test_opcheck(name):
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("threshold", [1.0, torch.tensor([1.0])], ids=["float", "tensor"])
-def test_torch_compile_without_a_break(dynamic, threshold):
+@pytest.mark.parametrize("kind", ["float", "tensor"])
+def test_torch_compile_without_a_break(dynamic, kind):
+    threshold = 1.0 if kind == "float" else torch.tensor([1.0])
     linear = torch.nn.Linear(24, 16)
     weight, bias = torch.randn(3, 16), torch.randn(3)
 
@@ -311,10 +329,10 @@ def test_torch_compile_without_a_break(dynamic, threshold):
                     torch.testing.assert_close(got, wanted)
 
 
-def test_autocast_hands_over_mixed_dtypes():
+def test_autocast_hands_over_mixed_dtypes(device):
     linear = torch.nn.Linear(24, 16)
     weight, bias = torch.randn(3, 16), torch.randn(3)
-    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16):
         hidden = linear(torch.randn(5, 24))
         got = elang.route(hidden, weight, bias, 1.0)
     assert hidden.dtype == got.logits.dtype == torch.bfloat16
@@ -363,9 +381,15 @@ BAD_ROUTE = {
 }  # fmt: skip
 
 
+def on_default_device(value):
+    on_cpu = isinstance(value, torch.Tensor) and value.is_cpu
+    return value.to(torch.get_default_device()) if on_cpu else value
+
+
 @pytest.mark.parametrize("case", BAD_ROUTE)
 def test_route_refuses(case):
     bad, error, message = BAD_ROUTE[case]
+    bad = {name: on_default_device(value) for name, value in bad.items()}
     hidden, weight, bias = head(4, 8, 3)
     args = {"hidden": hidden, "weight": weight, "bias": bias, "threshold": 1.0} | bad
     with pytest.raises(error, match=message):
@@ -377,6 +401,7 @@ def test_route_refuses(case):
 )
 def test_route_logits_refuses(case):
     bad, error, message = BAD_ROUTE[case]
+    bad = {name: on_default_device(value) for name, value in bad.items()}
     with pytest.raises(error, match=message):
         elang.route_logits(**{"logits": torch.randn(4, 3), "threshold": 1.0} | bad)
 

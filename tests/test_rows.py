@@ -7,7 +7,9 @@ import torch
 from torch.library import opcheck
 
 import elang
-from elang import reference
+from elang import ops, reference
+
+pytestmark = pytest.mark.usefixtures("device")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.bool)
 
@@ -78,6 +80,38 @@ def test_opcheck():
     x = torch.randn(3, 4)
     opcheck(torch.ops.elang.gather_rows.default, ([x, x.long()], order, n_routed, 3))
     opcheck(torch.ops.elang.merge_rows.default, (x, x[:2].clone(), order, n_routed))
+    opcheck(torch.ops.elang.routed_extent.default, (x > 0, order, n_routed))
+
+
+MASK_DTYPES = (torch.bool, torch.uint8, torch.int16, torch.int32, torch.int64, *DTYPES[:3], torch.float64)
+
+
+@pytest.mark.parametrize("dtype", MASK_DTYPES, ids=str)
+def test_routed_extent_is_the_count_and_the_longest_routed_row(dtype):
+    order, n_routed = partition([True, False, True, False])
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 0, 0, 0, 0], [0, 0, 0, 0, 1], [0, 1, 1, 0, 0]]).to(dtype)
+    for view in (mask, mask.t().contiguous().t(), torch.stack([mask, mask], dim=2)[:, :, 1]):
+        got = ops.routed_extent(view, order, n_routed)
+        assert got.dtype == torch.int32
+        assert got.tolist() == [2, 3]
+
+
+def test_routed_extent_of_nothing():
+    order, n_routed = partition([True, True])
+    assert ops.routed_extent(torch.ones(2, 3), order, n_routed).tolist() == [0, 0]
+    order, n_routed = partition([False, False])
+    for mask in (torch.zeros(2, 3), torch.full((2, 3), -0.0), torch.empty(2, 0)):
+        assert ops.routed_extent(mask, order, n_routed).tolist() == [2, 0]
+    order, n_routed = partition([])
+    assert ops.routed_extent(torch.ones(0, 3), order, n_routed).tolist() == [0, 0]
+
+
+def test_routed_extent_over_many_rows():
+    keep = torch.rand(3000) < 0.5
+    order, n_routed = reference.partition(keep)
+    mask = torch.arange(70) < torch.randint(0, 71, (3000, 1))
+    wanted = reference.routed_extent(mask, order, n_routed)
+    assert torch.equal(ops.routed_extent(mask, order, n_routed), wanted)
 
 
 def test_torch_compile_without_a_break():
@@ -122,14 +156,22 @@ def test_refusals():
         elang.merge_rows(torch.randn(3, 3), x[:1], order, n_routed)
     with pytest.raises(ValueError, match=r"routed: .*\[1, 4\].*\[2, 3\]"):
         elang.merge_rows(x, torch.randn(1, 4), order, n_routed)
+    with pytest.raises(ValueError, match=r"mask: .*\[3, 3\].*wanted \[2, ...\]"):
+        ops.routed_extent(torch.ones(3, 3), order, n_routed)
+    with pytest.raises(ValueError, match=r"mask: .*\[2\].*wanted \[2, M\]"):
+        ops.routed_extent(torch.ones(2), order, n_routed)
+    with pytest.raises(TypeError, match=r"mask: .*complex64"):
+        ops.routed_extent(torch.ones(2, 3, dtype=torch.complex64), order, n_routed)
 
 
+@pytest.mark.cpu_only  # a GPU stops the kernel instead, and with it the process's context
 def test_an_order_that_points_outside_is_refused():
     _, n_routed = partition([False, True])
     with pytest.raises(ValueError, match=r"order: got rows from 0 to 2, wanted them in \[0, 2\)"):
         elang.gather_rows([torch.randn(2)], torch.tensor([2, 0]), n_routed, 1)
 
 
+@pytest.mark.cpu_only
 @pytest.mark.compiled
 def test_a_count_past_the_rows_is_refused():
     with pytest.raises(ValueError, match="n_routed: got 3, wanted 0 to N = 2"):
@@ -143,6 +185,7 @@ def test_a_strided_order():
     assert torch.equal(elang.gather_rows([x], spread, n_routed, 2)[0], x[1:])
 
 
+@pytest.mark.cpu_only
 @pytest.mark.compiled
 def test_threads_do_not_change_a_byte():
     keep = torch.rand(1000) < 0.5

@@ -10,6 +10,7 @@
 #include <cassert>
 
 #include "../score.h"
+#include "launch.h"
 
 namespace elang {
 
@@ -17,16 +18,6 @@ constexpr int kWarp = 32;
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
 constexpr unsigned kAllLanes = 0xffffffffu;
-constexpr int kMaxFinishers = 32;
-
-// Shared by the blocks of one launch. Launches that may overlap need tickets of their own.
-struct Ticket {
-  unsigned started;            // blocks that have taken a role
-  unsigned finished;           // finishers that have written their part
-  unsigned long long arrived;  // high half: blocks that have scored their rows; low half: the rows they route
-  unsigned routed[kMaxFinishers];  // of the rows in each finisher's part
-};
-
 struct Partition {
   Ticket* ticket;
   const float* score;       // [rows], written by this launch

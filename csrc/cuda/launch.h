@@ -9,7 +9,16 @@
 
 namespace elang {
 
-struct Ticket;
+constexpr int kMaxFinishers = 32;
+
+// What the blocks of one launch share: see compact.cuh. All zero before a launch and after it. Launches that may overlap
+// need tickets of their own.
+struct Ticket {
+  unsigned started;            // blocks that have taken a role
+  unsigned finished;           // finishers that have written their part
+  unsigned long long arrived;  // high half: blocks that have scored their rows; low half: the rows they route
+  unsigned routed[kMaxFinishers];  // of the rows in each finisher's part
+};
 
 // What a host waits for, in memory that it shares with the device. `sequence` is written last.
 struct Mail {
@@ -17,7 +26,7 @@ struct Mail {
   uint64_t sequence;
 };
 
-// A ticket for the next launch on `stream`: see compact.cuh. Launches on one stream follow each other and share one; a
+// A ticket for the next launch on `stream`. Launches on one stream follow each other and share one; a
 // launch that is being captured gets its own for good, as its graph may be replayed at any time.
 cudaError_t ticket_for(cudaStream_t stream, Ticket** ticket);
 

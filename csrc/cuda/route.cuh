@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(kThreads, 2) route_kernel(const __grid_constan
   compact(p.partition, role, routed, threshold);
 }
 
-__global__ void __launch_bounds__(kThreads) route_logits_kernel(const __grid_constant__ RouteParams p) {
+__global__ void __launch_bounds__(kThreads, 4) route_logits_kernel(const __grid_constant__ RouteParams p) {
   const float threshold = p.partition.read_threshold();
   const int role = take_role(p.partition);
   unsigned routed = 0;
