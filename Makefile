@@ -3,9 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
-SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
+SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc cmake -type f)
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench check-gpu clean
 
 demo: $(VENV)/.installed
 	$(BIN)/elang demo
@@ -20,6 +20,10 @@ lint: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m pytest benches -s
+
+# On a machine with a GPU, with that machine's own Python and torch.
+check-gpu:
+	$(PYTHON) benches/check_gpu.py $(STAGES)
 
 # torch first and on its own: a range asked for later is then satisfied by the build that is there.
 $(VENV)/.installed: $(SOURCES)

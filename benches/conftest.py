@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import pytest
 import report
 import torch
@@ -19,8 +21,9 @@ def _one_thread():
 def _cells():
     cells: dict[str, list[dict]] = {}
     yield cells
-    if cells:
-        print(f"\n\n{report.render(report.save(cells))}")
+    for path in {report.results_file(bench) for bench in cells}:
+        report.save({bench: rows for bench, rows in cells.items() if report.results_file(bench) == path}, path)
+        print(f"\n\n{report.render(path) if find_spec('rich') else path}")
 
 
 @pytest.fixture
@@ -32,3 +35,10 @@ def record(_cells, benchmark):
         _cells.setdefault(bench, []).append(cell)
 
     return keep
+
+
+def pytest_collection_modifyitems(items):
+    no_gpu = pytest.mark.skip(reason="no CUDA device")
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(no_gpu)

@@ -7,22 +7,30 @@ import json
 import math
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from datetime import date
 from pathlib import Path
 from statistics import geometric_mean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 import elang
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+# rich is imported by what prints: the benches of a GPU machine that has no more than torch and pytest only save.
 
 RESULTS = Path(__file__).parent / "results"
 ROUTE_BARS = (4.0, 2.5, 1.0)  # float32, over eager: geometric mean over C <= 3, over all cells, and the least
 EFFICIENCY_BAR = 0.97
+# On a GPU, bfloat16, H = 768: times of a bare kernel of the same grid, and over the chains; shares of copy bandwidth.
+SKELETON_BAR, STATIC_BAR, EAGER_BAR = 1.3, 4.0, 10.0
+ROUTE_BANDWIDTH_BAR, GATHER_BAR = 0.80, 0.85
 NAIVE_BARS = {4: 1.12, 16: 1.05, 64: 1.0}  # batch -> the least speed-up over the naive cascade on ragged batches
 
 
@@ -39,15 +47,37 @@ def _git_sha() -> str:
     return done.stdout.strip()
 
 
-def save(cells: dict[str, list[dict[str, Any]]]) -> Path:
-    """Replace the measured benches in the device's file and leave the others as they were."""
-    path = RESULTS / "cpu.json"
+def _device(path: Path) -> dict[str, Any]:
+    if path.stem == "cpu":
+        return {"device": _cpu(), "threads": 1, "isa": torch.backends.cpu.get_cpu_capability()}
+    driver = []
+    if smi := shutil.which("nvidia-smi"):
+        query = [smi, "--query-gpu=driver_version", "--format=csv,noheader"]
+        driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split()
+    return {
+        "device": torch.cuda.get_device_name(0),
+        "capability": "{}.{}".format(*torch.cuda.get_device_capability(0)),
+        "driver": driver[0] if driver else "unknown",
+        "cuda": torch.version.cuda,
+    }
+
+
+CPU_BENCHES = ("route", "joint")
+
+
+def results_file(bench: str = "") -> Path:
+    """Where a bench's results go: results/cpu.json, or a file named for the GPU."""
+    if bench in CPU_BENCHES or not torch.cuda.is_available():
+        return RESULTS / "cpu.json"
+    return RESULTS / f"{torch.cuda.get_device_name(0).lower().replace(' ', '-')}.json"
+
+
+def save(cells: dict[str, Any], path: Path, command: str = "") -> Path:
+    """Replace the measured benches in the file and leave the others as they were."""
     kept = json.loads(path.read_text()) if path.exists() else {}
     about = {
-        "command": " ".join(["python -m pytest", *sys.argv[1:]]),
-        "device": _cpu(),
-        "threads": 1,
-        "isa": torch.backends.cpu.get_cpu_capability(),
+        "command": command or " ".join(["python -m pytest", *sys.argv[1:]]),
+        **_device(path),
         "torch": torch.__version__,
         "elang": elang.__version__,
         "git_sha": _git_sha(),
@@ -62,13 +92,24 @@ def _mark(value: float, bar: float) -> str:
     return f"{value:.2f} (bar {bar:g}: {'met' if value >= bar else 'MISSED'})"
 
 
+def _mark_most(value: float, bar: float) -> str:
+    return f"{value:.2f} (at most {bar:g}: {'met' if value <= bar else 'MISSED'})"
+
+
+def _table(*columns: str) -> Table:
+    from rich.table import Table
+
+    table = Table(*columns)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    return table
+
+
 def _route(console: Console, measured: list[dict[str, Any]]) -> None:
-    table = Table(
+    table = _table(
         *("dtype", "rows", "H", "C", "eager us", "torch.compile us", "elang us", "p99 us", "allocations"),
         *("x eager", "x compile"),
     )
-    for column in table.columns[1:]:
-        column.justify = "right"
     ratios = {}
     for c in measured:
         us = {name: t["p50"] for name, t in c["microseconds"].items()}
@@ -88,18 +129,18 @@ def _route(console: Console, measured: list[dict[str, Any]]) -> None:
 
 
 def _joint(console: Console, cells: list[dict[str, Any]]) -> None:
-    table = Table(
-        "batch",
-        "lengths",
-        "share routed",
-        "dispatch efficiency",
-        "x naive cascade",
-        "x Super alone",
-        "eta",
-        "eta ceiling",
+    table = _table(
+        *(
+            "batch",
+            "lengths",
+            "share routed",
+            "dispatch efficiency",
+            "x naive cascade",
+            "x Super alone",
+            "eta",
+            "eta ceiling",
+        )
     )
-    for column in table.columns:
-        column.justify = "right"
     for c in cells:
         bar = NAIVE_BARS.get(c["batch"], -math.inf) if c["lengths"] == "ragged" else -math.inf
         naive = f"{c['speedup_naive']:.2f}" if bar == -math.inf else _mark(c["speedup_naive"], bar)
@@ -110,10 +151,84 @@ def _joint(console: Console, cells: list[dict[str, Any]]) -> None:
     console.print(table)
 
 
+def _route_latency(console: Console, cells: list[dict[str, Any]]) -> None:
+    table = _table(
+        "rows", "C", "in graph us", "x skeleton", "x static chain", "x torch.compile", "eager us", "x eager chain"
+    )
+    for c in cells:
+        us = {name: spread["p50"] for name, spread in c["in_graph"].items()}
+        skeleton = us["elang"] / us["skeleton"] if "skeleton" in us else math.nan
+        small = c["C"] <= 32
+        table.add_row(
+            str(c["rows"]), str(c["C"]), f"{us['elang']:.2f}",
+            _mark_most(skeleton, SKELETON_BAR) if small else f"{skeleton:.2f}",
+            _mark(us["static chain"] / us["elang"], STATIC_BAR) if small else f"{us['static chain'] / us['elang']:.2f}",
+            f"{us['torch.compile'] / us['elang']:.2f}", f"{c['eager']['elang']['p50']:.1f}",
+            _mark(c["eager"]["chain"]["p50"] / us["elang"], EAGER_BAR) if small else "",
+        )  # fmt: skip
+    console.print(table)
+
+
+def _route_bandwidth(console: Console, cells: list[dict[str, Any]]) -> None:
+    table = _table("rows", "C", "share routed", "us", "GB/s", "share of a copy's")
+    for c in cells:
+        share = c["share_of_copy"]
+        at_bar = (c["rows"], c["C"]) == (65_536, 3)
+        table.add_row(
+            str(c["rows"]), str(c["C"]), f"{c['share_routed']:.2f}", f"{c['microseconds']['p50']:.1f}",
+            f"{c['bytes_per_second'] / 1e9:.0f}", _mark(share, ROUTE_BANDWIDTH_BAR) if at_bar else f"{share:.2f}",
+        )  # fmt: skip
+    console.print(table)
+
+
+def _rows(console: Console, cells: list[dict[str, Any]]) -> None:
+    table = _table(
+        "rows", "row bytes", "share routed", "gather us", "share of a copy's", "x index_select", "merge's share"
+    )
+    for c in cells:
+        us = {name: spread["p50"] for name, spread in c["microseconds"].items()}
+        share, large = c["share_of_copy"], c["row_bytes"] * c["rows"] * c["share_routed"] >= 1 << 28
+        table.add_row(
+            str(c["rows"]), str(c["row_bytes"]), f"{c['share_routed']:.2f}", f"{us['gather']:.1f}",
+            _mark(share["gather"], GATHER_BAR) if large else f"{share['gather']:.2f}",
+            f"{us['index_select'] / us['gather']:.2f}", f"{share['merge']:.2f}",
+        )  # fmt: skip
+    console.print(table)
+
+
+def _microseconds(console: Console, cells: list[dict[str, Any]]) -> None:
+    names = list(cells[0]["microseconds"])
+    table = _table("rows", *(f"{name} us" for name in names))
+    for c in cells:
+        table.add_row(str(c["rows"]), *(f"{c['microseconds'][name]['p50']:.1f}" for name in names))
+    console.print(table)
+
+
+def _checks(console: Console, cells: list[dict[str, Any]]) -> None:
+    table = _table("stage", "result", "seconds", "what it said")
+    for c in cells:
+        table.add_row(c["stage"], c["result"], f"{c['seconds']:.0f}", c["said"])
+    console.print(table)
+
+
+SECTIONS = {
+    "check": _checks,
+    "route": _route,
+    "joint": _joint,
+    "route_latency": _route_latency,
+    "route_bandwidth": _route_bandwidth,
+    "rows": _rows,
+    "batch": _microseconds,
+    "host_read": _microseconds,
+}
+
+
 def render(path: Path) -> str:
     """The file as tables."""
+    from rich.console import Console
+
     console = Console(width=150, file=io.StringIO(), record=True)
-    for bench, show in {"route": _route, "joint": _joint}.items():
+    for bench, show in SECTIONS.items():
         if section := json.loads(path.read_text()).get(bench):
             about = ", ".join(f"{key} {value}" for key, value in section.items() if key != "cells")
             console.print(f"\n[bold]{bench}[/bold]: {about}", highlight=False)
@@ -122,4 +237,4 @@ def render(path: Path) -> str:
 
 
 if __name__ == "__main__":
-    print(render(Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS / "cpu.json"))
+    print(render(Path(sys.argv[1]) if len(sys.argv) > 1 else results_file()))

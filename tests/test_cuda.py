@@ -7,7 +7,7 @@ import torch
 from conftest import assert_partition
 
 import elang
-from elang import ops, reference
+from elang import host_read, ops, reference
 from elang.reference import Route
 
 pytestmark = [pytest.mark.gpu, pytest.mark.compiled]
@@ -210,3 +210,25 @@ def test_rows_of_other_layouts_are_gathered():
     wanted = reference.gather_rows(views, order, n_routed, 30)
     for got, want in zip(elang.gather_rows(views, order, n_routed, 30), wanted, strict=True):
         assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("way", host_read.WAYS)
+def test_a_joint_model_answers_as_on_the_cpu(monkeypatch, way):
+    import tiny_models
+
+    monkeypatch.setenv("ELANG_HOST_READ", way)
+    swift, super_, inputs = (
+        tiny_models.classifier("DistilBert"),
+        tiny_models.classifier("Bert", seed=1),
+        tiny_models.inputs(),
+    )
+    joint = elang.JointClassifier(swift, super_, elang.Router("energy", threshold=float("-inf")))
+    with torch.inference_mode():
+        score = joint(**inputs).routing.score
+        joint.router.set_threshold(score.median().item())
+        wanted = joint(**inputs)
+        joint.to("cuda")
+        got = joint(**{name: value.cuda() for name, value in inputs.items()})
+    torch.testing.assert_close(got.logits.cpu(), wanted.logits, rtol=1e-3, atol=1e-3)
+    assert torch.equal(got.routing.order.cpu(), wanted.routing.order)
+    assert got.routing.mode == "exact"

@@ -13,8 +13,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from conftest import cuda_home
 
 import elang
+from elang._C import build_config
 
 ROOT = Path(__file__).parent.parent
 OPS_LIBRARY = Path(elang.__file__).parent / "libelang_ops.so"
@@ -26,12 +28,15 @@ def run(*command: object, **kwargs) -> str:
     return done.stdout
 
 
+def with_build_tools() -> dict[str, str]:
+    return {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    """Built from the sdist, so that nothing the build needs can be missing from it."""
+    """Built from the sdist, so that nothing the build needs can be missing from it; for one GPU, to be quick."""
     out = tmp_path_factory.mktemp("dist")
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    env = {**os.environ, "PATH": path}
+    env = {**with_build_tools(), "TORCH_CUDA_ARCH_LIST": "9.0+PTX"}
     run(sys.executable, "-m", "build", "--no-isolation", "--sdist", "--outdir", out, ROOT, env=env)
     (sdist,) = out.glob("*.tar.gz")
     run(sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-w", out, sdist, env=env, cwd=out)
@@ -44,7 +49,7 @@ def test_wheel_holds_elang_alone(wheel):
     assert {name.split("/")[0] for name in names} == {"elang", f"elang-{elang.__version__}.dist-info"}
     for wanted in ("libelang_ops.so", "py.typed", "triton_kernels/__init__.py", "demo/__init__.py"):
         assert f"elang/{wanted}" in names
-    assert not any(name.endswith((".cpp", ".h")) for name in names)
+    assert not any(name.endswith((".cpp", ".h", ".cu", ".cuh")) for name in names)
 
 
 def test_wheel_runs_in_an_empty_environment(wheel, tmp_path):
@@ -55,7 +60,9 @@ def test_wheel_runs_in_an_empty_environment(wheel, tmp_path):
     run(python, "-m", "pip", "install", "--no-deps", "--no-index", wheel)
     assert {p.name for p in site.iterdir()} - before == {"elang", f"elang-{elang.__version__}.dist-info"}
     # Without torch: the package, the build report and the info page.
-    assert "isa_levels" in run(python, "-c", "import elang._C; print(elang._C.build_config())", cwd=tmp_path)
+    config = run(python, "-c", "import elang._C; print(elang._C.build_config())", cwd=tmp_path)
+    assert "isa_levels" in config
+    assert ("'cuda_archs': '90'" if cuda_home() else "'cuda_archs': ''") in config
     assert "not installed" in run(python, "-m", "elang.info", cwd=tmp_path)
     # With the torch of this environment behind it.
     code = "import torch, elang; print(elang.__file__, elang.route_logits(torch.zeros(2, 3), 9.0).n_routed.item())"
@@ -80,6 +87,28 @@ def test_ops_library_keeps_to_the_stable_abi():
         assert not shim & newer
 
 
+def test_the_library_needs_no_cuda_library():
+    """One file for every torch: the CUDA runtime is inside, torch's CUDA library is looked up when it is there."""
+    needed = re.findall(r"NEEDED.*\[(.*)\]", run("readelf", "-d", OPS_LIBRARY))
+    assert not [name for name in needed if "cuda" in name or "c10" in name]
+
+
+@pytest.mark.skipif(cuda_home() is None, reason="no CUDA toolkit")
+def test_the_build_can_leave_cuda_out_and_says_so(tmp_path):
+    configure = ["cmake", "-G", "Ninja", "-S", ROOT, "-B", tmp_path / "build", f"-DPython_EXECUTABLE={sys.executable}"]
+    assert "CUDA kernels: not built, ELANG_CUDA=0" in run(*configure, env={**with_build_tools(), "ELANG_CUDA": "0"})
+    assert "cuda" not in (tmp_path / "build" / "build.ninja").read_text()
+
+
+@pytest.mark.skipif(cuda_home() is None, reason="no CUDA toolkit")
+def test_an_architecture_that_is_none_is_refused(tmp_path):
+    configure = ["cmake", "-G", "Ninja", "-S", ROOT, "-B", tmp_path / "build", f"-DPython_EXECUTABLE={sys.executable}"]
+    env = {**with_build_tools(), "TORCH_CUDA_ARCH_LIST": "8.0;hopper"}
+    done = subprocess.run([str(word) for word in configure], env=env, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "TORCH_CUDA_ARCH_LIST: got 'hopper', wanted entries like 8.0" in done.stderr
+
+
 def newer_than_2_10(header: Path) -> set[str]:
     """Functions that the stable shim declares for versions after 2.10 only."""
     names, newer, depth = set(), False, 0
@@ -99,7 +128,10 @@ def newer_than_2_10(header: Path) -> set[str]:
 
 def test_ops_library_exports_its_c_abi_alone():
     exported = run("nm", "-D", "--defined-only", OPS_LIBRARY)
-    assert set(re.findall(r" T (\w*elang\w*)", exported)) == {"elang_cpu_isa"}
+    functions = {"elang_cpu_isa"}
+    if build_config()["cuda_archs"]:
+        functions |= {"elang_cuda_obstacle", *(f"elang_mailbox_{what}" for what in ("new", "read", "delete"))}
+    assert set(re.findall(r" T (\w+)", exported)) == functions
     assert "RPATH" not in run("readelf", "-d", OPS_LIBRARY).replace("RUNPATH", "RPATH")
 
 
