@@ -282,7 +282,9 @@ def thread_cases() -> list[Case]:
         route_case(*head(70, 40, 5, torch.bfloat16), 1.0),
         route_case(*head(20, 8, 9), 1.0, "energy_probs"),
         many_rows(300, 0.3),
-        many_rows(4500, 0.3),
+        many_rows(4000, 0.3),  # two rounds of one finisher
+        *(many_rows(4500, 0.3) for _ in range(4)),  # several finishers; each launch has another order of blocks
+        Case("mail", [], [], [], same([])),
         gather_case([torch.randn(40, 33), torch.randint(0, 9, (40, 5))], keep, 15),
         merge_case(torch.randn(40, 33), torch.randn(20, 33), keep),
         extent_case((torch.rand(200, 40) < 0.1).long(), torch.rand(200) < 0.5, by_mail=True),

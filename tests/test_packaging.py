@@ -97,7 +97,7 @@ def test_the_library_needs_no_cuda_library():
 def test_the_build_can_leave_cuda_out_and_says_so(tmp_path):
     configure = ["cmake", "-G", "Ninja", "-S", ROOT, "-B", tmp_path / "build", f"-DPython_EXECUTABLE={sys.executable}"]
     assert "CUDA kernels: not built, ELANG_CUDA=0" in run(*configure, env={**with_build_tools(), "ELANG_CUDA": "0"})
-    assert "cuda" not in (tmp_path / "build" / "build.ninja").read_text()
+    assert "csrc/cuda" not in (tmp_path / "build" / "build.ninja").read_text()
 
 
 @pytest.mark.skipif(cuda_home() is None, reason="no CUDA toolkit")

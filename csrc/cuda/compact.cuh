@@ -119,7 +119,7 @@ __device__ inline void compact(const Partition& p, int role, unsigned routed, fl
   write_order(p, part, before, total, threshold);
   if (part == 0 && threadIdx.x == 0) *p.n_routed = total;
   if (alone) return;
-  __syncthreads();  // every thread has read the ticket
+  // write_order ended with a barrier: every thread of this block has read the ticket.
   if (threadIdx.x == 0) {
     __threadfence();
     if (!p.finishers || atomicAdd(&p.ticket->finished, 1u) + 1 == static_cast<unsigned>(p.finishers)) {

@@ -141,6 +141,7 @@ class Block {
 
   UNSEEN void barrier() {
     const uint64_t round = ++barriers_[now_];
+    fibers_[now_].fenced = false;  // a fence says nothing of what others write before this barrier
     meet(&meeting_[round % 2], true);
     ++barrier_;
     wait(&barrier_, round * kThreads);

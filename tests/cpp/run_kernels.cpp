@@ -23,6 +23,7 @@ cudaError_t enqueue(void (*kernel)(P), int64_t blocks, size_t shared_bytes, cuda
 }  // namespace elang
 
 #include "../../csrc/cuda/launch.cu"
+#include "../../csrc/cuda/mail.h"
 
 namespace elang {
 namespace {
@@ -168,10 +169,26 @@ void extent() {
   if (launch_extent(m, partition.as_order(), extent, by_mail ? &mail : nullptr, 7, nullptr))
     throw std::runtime_error("extent: launch failed");
   if (by_mail) {
-    if (mail.sequence != 7) throw std::runtime_error("extent: no mail");
+    if (!await_mail(mail, 7, 1.0, [] { return false; })) throw std::runtime_error("extent: no mail");
     memcpy(out.data, &mail, 8);
   }
   out.save();
+}
+
+// The host's end: mail that comes late, mail that never comes, a stream that is done without any.
+void mail() {
+  Mail box{};
+  std::thread late([&] {
+    std::this_thread::sleep_for(std::chrono::milliseconds(20));
+    box.n_routed = 3, box.length = 5;
+    __atomic_store_n(&box.sequence, uint64_t{1}, __ATOMIC_RELEASE);
+  });
+  const auto alive = [] { return true; };
+  const bool came = await_mail(box, 1, 60.0, alive) && box.n_routed == 3 && box.length == 5;
+  late.join();
+  if (!came) throw std::runtime_error("mail: the late one was missed");
+  if (await_mail(box, 2, 0.01, alive)) throw std::runtime_error("mail: one that never came");
+  if (await_mail(box, 2, 60.0, [] { return false; })) throw std::runtime_error("mail: one of a stream that is done");
 }
 
 }  // namespace
@@ -187,6 +204,7 @@ int main(int argc, char** argv) {
     else if (op == "gather") gather();
     else if (op == "merge") merge();
     else if (op == "extent") extent();
+    else if (op == "mail") mail();
     else throw std::runtime_error("unknown op " + op);
     if (!ticket_is_clear()) throw std::runtime_error(op + " left its ticket marked");
   }
