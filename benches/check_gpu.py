@@ -61,6 +61,12 @@ def pytest(*arguments: object) -> list[object]:
     return [sys.executable, "-m", "pytest", *config, "-q", "-m", "gpu", *arguments]
 
 
+def marked(folder: Path, pattern: str) -> list[Path]:
+    """Files with anything for a GPU: the others may import packages that are not here."""
+    words = ("mark.gpu", '"device"')
+    return [path for path in sorted(folder.rglob(pattern)) if any(word in path.read_text() for word in words)]
+
+
 def build() -> list[Row]:
     shutil.rmtree(TARGET, ignore_errors=True)
     TARGET.mkdir(parents=True)
@@ -71,7 +77,7 @@ def build() -> list[Row]:
 
 
 def tests() -> list[Row]:
-    return [run("tests", pytest(ROOT / "tests"), 180)]
+    return [run("tests", pytest(*marked(ROOT / "tests", "test_*.py")), 180)]
 
 
 def sanitizer() -> list[Row]:
@@ -97,7 +103,7 @@ def sanitizer() -> list[Row]:
 
 
 def benches() -> list[Row]:
-    return [run("benches", pytest(ROOT / "benches", "-s"), 200)]
+    return [run("benches", pytest(*marked(ROOT / "benches", "bench_*.py"), "-s"), 200)]
 
 
 STAGES: dict[str, Callable[[], list[Row]]] = {

@@ -18,6 +18,7 @@ constexpr int kWarp = 32;
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
 constexpr unsigned kAllLanes = 0xffffffffu;
+
 struct Partition {
   Ticket* ticket;
   const float* score;       // [rows], written by this launch

@@ -11,7 +11,7 @@ namespace {
 
 // Up to here the last block to arrive writes the order, alone; beyond, writing it would take one multiprocessor too long.
 constexpr int64_t kFewRows = 4096;
-constexpr int64_t kSharedBytes = 48000;  // of z; a block has 48 KiB without asking for more
+constexpr int64_t kSharedBytes = 48000;  // of block_logits; a block has 48 KiB without asking for more
 static_assert(kMaxHeadClasses * sizeof(float) <= kSharedBytes, "a row's logits fit");
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
