@@ -74,6 +74,13 @@ cudaError_t current_device(int* device) {
   return error || *device < kMaxDevices ? error : cudaErrorInvalidDevice;
 }
 
+// A function of the driver, which is loaded wherever there is a device.
+template <class F>
+F* driver_function(const char* name) {
+  void* const library = dlopen("libcuda.so.1", RTLD_NOLOAD | RTLD_LAZY);
+  return library ? reinterpret_cast<F*>(dlsym(library, name)) : nullptr;
+}
+
 const char* find_obstacle() {
   static char text[200];
   int built = 0, driver = 0, devices = 0;
@@ -94,6 +101,19 @@ const char* find_obstacle() {
 const char* cuda_obstacle() {
   static const char* const obstacle = find_obstacle();
   return obstacle;
+}
+
+DeviceGuard::DeviceGuard(int device) {
+  static const auto current_context = driver_function<int(void**)>("cuCtxGetCurrent");
+  int previous;
+  if (!current_context || cudaGetDevice(&previous) || previous == device) return;
+  changed_ = current_context(&previous_) == 0;
+  cudaSetDevice(device);
+}
+
+DeviceGuard::~DeviceGuard() {
+  static const auto set_context = driver_function<int(void*)>("cuCtxSetCurrent");
+  if (changed_) set_context(previous_);
 }
 
 cudaError_t current_stream(int device, cudaStream_t* stream) {

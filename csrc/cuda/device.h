@@ -12,20 +12,17 @@ const char* cuda_obstacle();
 // torch that has none.
 cudaError_t current_stream(int device, cudaStream_t* stream);
 
-// Makes a device current while it lives.
+// Makes a device current while it lives. It puts back the driver's context rather than a device number: torch has a CUDA
+// runtime of its own, and what this one takes for the previous device need not be what torch does.
 class DeviceGuard {
-  int previous_ = -1;
+  bool changed_ = false;
+  void* previous_ = nullptr;  // a CUcontext
 
  public:
-  explicit DeviceGuard(int device) {
-    if (cudaGetDevice(&previous_) == cudaSuccess && previous_ != device) cudaSetDevice(device);
-    else previous_ = -1;
-  }
+  explicit DeviceGuard(int device);
   DeviceGuard(const DeviceGuard&) = delete;
   DeviceGuard& operator=(const DeviceGuard&) = delete;
-  ~DeviceGuard() {
-    if (previous_ >= 0) cudaSetDevice(previous_);
-  }
+  ~DeviceGuard();
 };
 
 }  // namespace elang

@@ -1,6 +1,7 @@
 // Which kernel, on which grid.
 #include "launch.h"
 
+#include <cstdint>
 #include <initializer_list>
 
 #include "route.cuh"
@@ -14,11 +15,14 @@ constexpr int64_t kFewRows = 4096;
 constexpr int64_t kSharedBytes = 48000;  // of block_logits; a block has 48 KiB without asking for more
 static_assert(kMaxHeadClasses * sizeof(float) <= kSharedBytes, "a row's logits fit");
 
+constexpr int64_t kMaxUnits = int64_t{1} << 31;  // of a row
+
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 #if defined(__CUDACC__)
 template <class P>
 cudaError_t enqueue(void (*kernel)(P), int64_t blocks, size_t shared_bytes, cudaStream_t stream, P params) {
+  if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
   void* arguments[] = {&params};
   const dim3 grid(static_cast<unsigned>(blocks)), block(kThreads);
   return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, block, arguments, shared_bytes, stream);
@@ -103,6 +107,7 @@ cudaError_t launch_gather(const GatherTensor* tensors, int count, const Order& o
     for (; done < count && p.tensors < kMaxTensors; ++done) {
       const UnitRows rows = unit_rows(tensors[done].from, tensors[done].to);
       if (rows.row_units == 0) continue;
+      if (rows.row_units >= kMaxUnits) return cudaErrorInvalidValue;
       p.tensor[p.tensors] = rows;
       blocks += ceil_div(rows.row_units * capacity, kUnitsPerBlock);
       p.first_block[++p.tensors] = static_cast<unsigned>(blocks);
@@ -120,6 +125,7 @@ cudaError_t launch_merge(
                                     static_cast<uintptr_t>(other.row_stride * other.item_bytes)});
   };
   const MergeParams p{order, of(kept, routed), of(routed, kept), routed_rows};
+  if (p.kept.row_units >= kMaxUnits) return cudaErrorInvalidValue;
   return enqueue(merge_kernel, ceil_div(p.kept.row_units * order.rows, kUnitsPerBlock), 0, stream, p);
 }
 
