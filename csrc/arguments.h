@@ -18,14 +18,31 @@ inline Matrix matrix(const Input& t, const char* name) {
   return {t.data(), float_type(t, name), t.strides[0], t.strides[1]};
 }
 
+inline float checked_temperature(double temperature) {
+  const bool finite = temperature > 0 && temperature < __builtin_inf();
+  STD_TORCH_CHECK(finite, "temperature: got ", temperature, ", wanted a finite number > 0");
+  return static_cast<float>(temperature);
+}
+
 inline void set_score(RouteArgs& args, int64_t kind, double temperature) {
   STD_TORCH_CHECK(kind >= 0 && kind < kNumScores, "score: got ", kind, ", wanted an index into elang.reference.SCORES");
   args.kind = static_cast<Score>(kind);
   const bool fits = args.classes > 0 && (args.kind == Score::logit) == (args.classes == 1);
   STD_TORCH_CHECK(fits, "score: got C = ", args.classes, ", wanted C = 1 with `logit` and C >= 2 with any other");
-  const bool finite = temperature > 0 && temperature < __builtin_inf();
-  STD_TORCH_CHECK(finite, "temperature: got ", temperature, ", wanted a finite number > 0");
-  args.temperature = static_cast<float>(temperature);
+  args.temperature = checked_temperature(temperature);
+}
+
+// A head's weight [C, H] and, where it is defined, bias [C].
+inline void check_head(const Input& weight, const Input& bias, int64_t width, Device device) {
+  check_device(weight, "weight", device);
+  check_shape(weight, "weight", {-1, width}, "[C, H] with the H of hidden");
+  if (!bias.defined()) return;
+  check_device(bias, "bias", device);
+  check_shape(bias, "bias", {weight.sizes[0]}, "[C] with the C of weight");
+}
+
+inline Matrix bias_column(const Input& bias) {
+  return bias.defined() ? Matrix{bias.data(), float_type(bias, "bias"), bias.strides[0], 1} : Matrix{};
 }
 
 // A threshold on the host, or a float32 tensor [] or [1].
@@ -64,20 +81,24 @@ struct RouteInputs {
     RouteArgs args{};
     args.head = true;
     args.rows = hidden.sizes[0], args.width = hidden.sizes[1];
-    check_device(weight, "weight", hidden.device);
-    check_shape(weight, "weight", {-1, args.width}, "[C, H] with the H of hidden");
+    check_head(weight, bias, args.width, hidden.device);
     args.classes = weight.sizes[0];
-    args.hidden = matrix(hidden, "hidden"), args.weight = matrix(weight, "weight");
-    if (bias.defined()) {
-      check_device(bias, "bias", hidden.device);
-      check_shape(bias, "bias", {args.classes}, "[C] with the C of weight");
-      args.bias = {bias.data(), float_type(bias, "bias"), bias.strides[0], 1};
-    }
+    args.hidden = matrix(hidden, "hidden"), args.weight = matrix(weight, "weight"), args.bias = bias_column(bias);
     threshold.check(hidden.device);
     set_score(args, score, temperature);
     return args;
   }
 };
+
+// An attention mask [rows, columns].
+inline Mask mask_of(const Input& t) {
+  const bool is_float = t.dtype == kFloat32 || t.dtype == kBFloat16 || t.dtype == kFloat16 || t.dtype == kFloat64;
+  const bool is_whole = t.dtype == kBool || t.dtype == kUInt8 || t.dtype == kInt8 || t.dtype == kInt16 ||
+                        t.dtype == kInt32 || t.dtype == kInt64;
+  STD_TORCH_CHECK(is_float || is_whole, "mask: got another dtype, wanted bool, an integer or a float");
+  return {static_cast<const char*>(t.data()), t.item_bytes(), is_float, t.strides[0], t.strides[1],
+          t.sizes[0], t.sizes[1]};
+}
 
 struct LogitsInputs {
   Input logits;
@@ -169,16 +190,10 @@ inline void check_merge(const Input& kept, const Input& routed, const PartitionI
   check_dtype(kept, "kept", routed.dtype, "that of routed");
 }
 
-// The mask of `routed_extent`.
-inline Mask mask_of(const Input& t, const PartitionInputs& partition) {
+inline Mask routed_mask(const Input& t, const PartitionInputs& partition) {
   check_device(t, "mask", partition.order.device);
   check_shape(t, "mask", {partition.rows(), -1}, "[N, M] with the N of order");
-  const bool is_float = t.dtype == kFloat32 || t.dtype == kBFloat16 || t.dtype == kFloat16 || t.dtype == kFloat64;
-  const bool is_whole = t.dtype == kBool || t.dtype == kUInt8 || t.dtype == kInt8 || t.dtype == kInt16 ||
-                        t.dtype == kInt32 || t.dtype == kInt64;
-  STD_TORCH_CHECK(is_float || is_whole, "mask: got another dtype, wanted bool, an integer or a float");
-  return {static_cast<const char*>(t.data()), t.item_bytes(), is_float, t.strides[0], t.strides[1],
-          t.sizes[0], t.sizes[1]};
+  return mask_of(t);
 }
 
 }  // namespace elang

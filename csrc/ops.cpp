@@ -1,4 +1,4 @@
-// Every op schema and its registration, on torch's stable ABI: one binary for every torch from 2.10 on.
+// Every op schema, and the CPU's launchers of the ops on rows, on torch's stable ABI: one binary for every torch from 2.10 on.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -117,7 +117,7 @@ Handle routed_extent_cpu(Handle mask_handle, Handle order, Handle n_routed) {
   const Input mask(mask_handle);
   const PartitionInputs in(order, n_routed);
   const Partition partition(in);
-  const int64_t length = routed_length(mask_of(mask, in), partition.order.data(), partition.n_routed);
+  const int64_t length = routed_length(routed_mask(mask, in), partition.order.data(), partition.n_routed);
   Tensor extent = empty({2}, kInt32, mask.device);
   extent.data_as<int32_t>()[0] = static_cast<int32_t>(partition.n_routed);
   extent.data_as<int32_t>()[1] = static_cast<int32_t>(length);
@@ -136,6 +136,8 @@ STABLE_TORCH_LIBRARY(elang, m) {
   m.def("route_logits(Tensor logits, float threshold, int score, float temperature) -> (Tensor, Tensor, Tensor)");
   m.def("route_logits.device_threshold(Tensor logits, Tensor threshold, int score, float temperature)"
         " -> (Tensor, Tensor, Tensor)");
+  // Results: score [N] or [B] float32, argmax [N] or [B, M] int64.
+  m.def("vocab_energy(Tensor hidden, Tensor weight, Tensor? bias, Tensor? mask, float temperature) -> (Tensor, Tensor)");
   m.def("gather_rows(Tensor[] tensors, Tensor order, Tensor n_routed, SymInt capacity) -> Tensor[]");
   m.def("merge_rows(Tensor kept, Tensor routed, Tensor order, Tensor n_routed) -> Tensor");
   m.def("routed_extent(Tensor mask, Tensor order, Tensor n_routed) -> Tensor");

@@ -50,6 +50,7 @@ class Tensor {
   }
 
   bool defined() const { return handle_; }
+  AtenTensorHandle raw() const { return handle_; }
   void copy_from(const Tensor& other) { TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(handle_, other.handle_, 0)); }
   Handle release() { return {std::exchange(handle_, nullptr)}; }
 
@@ -104,6 +105,15 @@ inline Tensor empty(int64_t dims, const int64_t* sizes, int32_t dtype, Device de
 template <size_t D>
 Tensor empty(const int64_t (&sizes)[D], int32_t dtype, Device device) {
   return empty(static_cast<int64_t>(D), sizes, dtype, device);
+}
+
+// A float32 matrix on the CPU over memory of someone else's.
+inline Tensor view(const float* data, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride) {
+  const int64_t sizes[] = {rows, cols}, strides[] = {row_stride, col_stride};
+  Handle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(
+      const_cast<float*>(data), 2, sizes, strides, 0, kFloat32, kCPU, 0, &handle.raw));
+  return Tensor(handle);
 }
 
 }  // namespace elang

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from elang.backbones import register_backbone
+    from elang.backend import warmup
     from elang.calibration import Calibration, InfeasibleTarget, calibrate
     from elang.joint import JointClassifier
-    from elang.ops import gather_rows, merge_rows, route, route_logits, warmup
-    from elang.reference import Route
+    from elang.ops import gather_rows, merge_rows, route, route_logits, vocab_energy
+    from elang.reference import Route, VocabEnergy
     from elang.router import Router
 
 __version__ = "0.1.0"
@@ -25,13 +26,15 @@ _HOME = {
     "JointClassifier": "joint",
     "Route": "reference",
     "Router": "router",
+    "VocabEnergy": "reference",
     "calibrate": "calibration",
     "gather_rows": "ops",
     "merge_rows": "ops",
     "register_backbone": "backbones",
     "route": "ops",
     "route_logits": "ops",
-    "warmup": "ops",
+    "vocab_energy": "ops",
+    "warmup": "backend",
 }
 
 __all__ = [
@@ -40,12 +43,14 @@ __all__ = [
     "JointClassifier",
     "Route",
     "Router",
+    "VocabEnergy",
     "calibrate",
     "gather_rows",
     "merge_rows",
     "register_backbone",
     "route",
     "route_logits",
+    "vocab_energy",
     "warmup",
 ]
 

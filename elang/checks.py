@@ -24,12 +24,12 @@ def _describe(value: Any) -> str:
     return repr(value)
 
 
-def _check_matrix(name: str, value: Any, wanted: str) -> None:
+def _check_matrix(name: str, value: Any, wanted: str, dims: tuple[int, ...] = (2,)) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, wanted a tensor {wanted}")
     if value.dtype not in FLOATS:
         raise TypeError(f"{name}: got {_describe(value)}, wanted float32, bfloat16 or float16 {wanted}")
-    if value.dim() != 2:
+    if value.dim() not in dims:
         raise ValueError(f"{name}: got {_describe(value)}, wanted {wanted}")
 
 
@@ -81,24 +81,49 @@ def _check_decision(
         raise ValueError(f"score: got 'logit' with C = {classes}, wanted a single-output head, C = 1")
 
 
+def _check_head(weight: Any, bias: Any, hidden: Tensor) -> None:
+    _check_matrix("weight", weight, "[C, H]")
+    if weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(f"weight: got {_describe(weight)}, wanted [C, {hidden.shape[-1]}], the H of hidden")
+    _check_device("weight", weight, "hidden", hidden.device)
+    if bias is None:
+        return
+    if not isinstance(bias, Tensor) or bias.dtype not in FLOATS:
+        raise TypeError(f"bias: got {_describe(bias)}, wanted None or float32, bfloat16 or float16 [C]")
+    if bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias: got {_describe(bias)}, wanted [{weight.shape[0]}], the C of weight")
+    _check_device("bias", bias, "hidden", hidden.device)
+
+
 def route(hidden: Any, weight: Any, bias: Any, threshold: Any, score: Any, temperature: Any) -> None:
     _check_matrix("hidden", hidden, "[N, H]")
-    _check_matrix("weight", weight, "[C, H]")
-    if weight.shape[1] != hidden.shape[1]:
-        raise ValueError(f"weight: got {_describe(weight)}, wanted [C, {hidden.shape[1]}], the H of hidden")
-    _check_device("weight", weight, "hidden", hidden.device)
-    if bias is not None:
-        if not isinstance(bias, Tensor) or bias.dtype not in FLOATS:
-            raise TypeError(f"bias: got {_describe(bias)}, wanted None or float32, bfloat16 or float16 [C]")
-        if bias.shape != weight.shape[:1]:
-            raise ValueError(f"bias: got {_describe(bias)}, wanted [{weight.shape[0]}], the C of weight")
-        _check_device("bias", bias, "hidden", hidden.device)
+    _check_head(weight, bias, hidden)
     _check_decision(weight.shape[0], hidden.device, "hidden", threshold, score, temperature)
 
 
 def route_logits(logits: Any, threshold: Any, score: Any, temperature: Any) -> None:
     _check_matrix("logits", logits, "[N, C]")
     _check_decision(logits.shape[1], logits.device, "logits", threshold, score, temperature)
+
+
+def vocab_energy(hidden: Any, weight: Any, bias: Any, mask: Any, temperature_value: Any) -> None:
+    _check_matrix("hidden", hidden, "[N, H] or [B, M, H]", (2, 3))
+    _check_head(weight, bias, hidden)
+    if weight.shape[0] == 0:
+        raise ValueError("weight: got C = 0, wanted at least one class")
+    temperature(temperature_value)
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor) or hidden.dim() != 3 or mask.shape != hidden.shape[:2]:
+        wanted = f"{list(hidden.shape[:2])}, the [B, M] of hidden" if hidden.dim() == 3 else "None with hidden [N, H]"
+        raise ValueError(f"mask: got {_describe(mask)}, wanted {wanted}")
+    _check_mask_dtype(mask)
+    _check_device("mask", mask, "hidden", hidden.device)
+
+
+def _check_mask_dtype(mask: Tensor) -> None:
+    if mask.dtype.is_complex or mask.dtype.itemsize not in (1, 2, 4, 8):
+        raise TypeError(f"mask: got {_describe(mask)}, wanted bool, an integer or a float")
 
 
 def _check_partition(order: Any, n_routed: Any) -> None:
@@ -153,5 +178,4 @@ def routed_extent(mask: Any, order: Any, n_routed: Any) -> None:
     _check_rows("mask", mask, order)
     if mask.dim() != 2:
         raise ValueError(f"mask: got {_describe(mask)}, wanted [{order.shape[0]}, M]")
-    if mask.dtype.is_complex or mask.dtype.itemsize not in (1, 2, 4, 8):
-        raise TypeError(f"mask: got {_describe(mask)}, wanted bool, an integer or a float")
+    _check_mask_dtype(mask)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from elang import ops
+from elang import backend, ops
 
 if TYPE_CHECKING:
     from elang._C import Mailbox
@@ -39,8 +39,11 @@ def _mailbox(device: torch.device) -> Mailbox | RuntimeError:
     if device not in boxes:
         from elang._C import Mailbox
 
+        chosen, why = backend.served("routed_extent", "cuda")
         try:
-            boxes[device] = Mailbox(str(ops.LIBRARY), device.index)
+            if chosen != "cpp":
+                raise RuntimeError(f"a mailbox needs the compiled kernels, but {chosen} serves: {why}")
+            boxes[device] = Mailbox(str(backend.LIBRARY), device.index)
         except RuntimeError as error:
             boxes[device] = error
     return boxes[device]

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import importlib
-import os
 import platform
 import sys
 from collections.abc import Callable
+from functools import partial
 from importlib import metadata
 from typing import Any
 
 PACKAGES = ("elang", "torch", "numpy", "transformers", "safetensors", "triton")
-OPS = ("route", "route_logits", "gather_rows", "merge_rows", "routed_extent")
+OPS = ("route", "route_logits", "vocab_energy", "gather_rows", "merge_rows", "routed_extent")
 
 
 def _try(read: Callable[[], Any]) -> Any:
@@ -41,15 +41,19 @@ def _devices() -> str:
     return "; ".join([cpu, *(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))])
 
 
-def _backend() -> str:
-    ops = importlib.import_module("elang.ops")
-    ops.warmup()
-    why = "ELANG_BACKEND forces it" if os.environ.get("ELANG_BACKEND") else "the default"
-    kernels = f", {ops.cpu_isa()} kernels" if ops.backend() == "cpp" else ""
-    cuda = "reference" if ops.backend() == "reference" else "compiled kernels"
-    if ops.backend() == "cpp" and (obstacle := ops.cuda_obstacle()):
-        cuda = f"none, {obstacle}"
-    return f"cpu: {ops.backend()}{kernels} ({why}); cuda: {cuda}"
+def _served(op: str) -> str:
+    torch = importlib.import_module("torch")
+    backend = importlib.import_module("elang.backend")
+    chosen, why = backend.served(op, "cpu")
+    if chosen == "cpp":
+        chosen = f"cpp, {backend.cpu_isa()} kernels"
+    cpu = f"cpu: {chosen or 'nothing'} ({why})"
+    if not (torch.version.cuda or torch.version.hip):
+        return f"{cpu}; cuda: nothing (torch {torch.__version__} is built without a GPU)"
+    chosen, why = backend.served(op, "cuda")
+    if chosen == "cpp" and (obstacle := backend.cuda_obstacle()):
+        chosen, why = None, obstacle
+    return f"{cpu}; cuda: {chosen or 'nothing'} ({why})"
 
 
 def _host_read() -> str:
@@ -70,8 +74,7 @@ def collect() -> dict[str, str]:
         "devices": _try(_devices),
     }
     facts["host read"] = _try(_host_read)
-    served = _try(_backend)
-    return facts | {f"op {op}": served for op in OPS}
+    return facts | {f"op {op}": _try(partial(_served, op)) for op in OPS}
 
 
 def main() -> None:

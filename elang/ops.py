@@ -1,31 +1,22 @@
-"""The ops: wrappers, fakes, and the choice of backend.
+"""The ops: wrappers and fakes.
 
-Schemas and kernels live in `csrc/`; `elang.reference` has the same functions in plain PyTorch. `ELANG_BACKEND` forces
-a backend (`cpp` or `reference`); without it the compiled library serves, and where that cannot be loaded every call
-raises with the original error: nothing falls back in silence.
+Schemas live in `csrc/`, kernels there and in `triton_kernels/`; `elang.reference` has the same functions in plain
+PyTorch. `elang.backend` chooses among them.
 
 Ops are for inference: inputs may require grad, a backward through an op raises.
 """
 
 from __future__ import annotations
 
-import ctypes
-import os
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache, partial
-from pathlib import Path
-from typing import Any, cast
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from elang import checks, reference
-from elang.reference import SCORES, Route
-
-BACKENDS = ("cpp", "reference")
-ISAS = ("baseline", "avx2", "avx512")
-
-LIBRARY = Path(__file__).with_name("libelang_ops.so")
+from elang import backend, checks, reference
+from elang.reference import SCORES, Route, VocabEnergy
 
 # Bound once, and a NamedTuple made as a plain tuple is: a call of `route` takes 4 us, of which these would be a tenth.
 _grad_enabled = torch.is_grad_enabled
@@ -34,96 +25,7 @@ _new_tuple = tuple.__new__
 _SCORE_INDEX = {name: index for index, name in enumerate(SCORES)}
 
 
-# ---- backend
-
-
-def _env(name: str, default: str, known: tuple[str, ...]) -> str:
-    value = os.environ.get(name) or default
-    if value not in known:
-        raise ValueError(f"{name}: got {value!r}, wanted one of {', '.join(known)}")
-    return value
-
-
-def _load() -> OSError | None:
-    _env("ELANG_ISA", ISAS[-1], ISAS)  # csrc/cpu/isa.cpp reads it, and would take a misspelt one for none
-    try:
-        torch.ops.load_library(LIBRARY)  # type: ignore[no-untyped-call]
-    except OSError as error:
-        return error
-    return None
-
-
-_BACKEND = _env("ELANG_BACKEND", "cpp", BACKENDS)
-_LOAD_ERROR = _load() if _BACKEND == "cpp" else None
-
-
-def backend() -> str:
-    """Name of what serves the ops, one of `BACKENDS`."""
-    return _BACKEND
-
-
-def cpu_isa() -> str:
-    """Instruction set of the CPU kernels in use, one of `ISAS`; `ELANG_ISA` caps it.
-
-    Raises:
-        ImportError: the compiled library does not load.
-    """
-    warmup()
-    library = ctypes.CDLL(str(LIBRARY))
-    library.elang_cpu_isa.restype = ctypes.c_char_p
-    return cast(bytes, library.elang_cpu_isa()).decode()
-
-
-@cache
-def cuda_obstacle() -> str | None:
-    """Why the compiled kernels cannot serve CUDA tensors in this process, or None. Starts no CUDA context."""
-    if _BACKEND == "reference":
-        return "ELANG_BACKEND=reference is set"
-    if _LOAD_ERROR is not None:
-        return f"the compiled library does not load: {_LOAD_ERROR}"
-    library = ctypes.CDLL(str(LIBRARY))
-    if not hasattr(library, "elang_cuda_obstacle"):
-        return "elang was built without CUDA: install the CUDA toolkit (nvcc) and reinstall elang"
-    if torch.version.cuda is None:
-        return f"torch {torch.__version__} is built without CUDA"
-    library.elang_cuda_obstacle.restype = ctypes.c_char_p
-    said: bytes | None = library.elang_cuda_obstacle()
-    return None if said is None else said.decode()
-
-
-def _explain_no_kernel(tensor: Any) -> None:
-    """Once an op has failed: whether it is for want of a kernel for the tensor's device."""
-    if isinstance(tensor, Tensor) and tensor.is_cuda and (obstacle := cuda_obstacle()):
-        raise RuntimeError(
-            f"elang's CUDA kernels cannot run: {obstacle}. ELANG_BACKEND=reference runs the ops in plain PyTorch"
-        )
-
-
-def warmup() -> None:
-    """Load all that an op needs now rather than on first use.
-
-    Raises:
-        ImportError: the compiled library is missing or does not load; says why, and what to do.
-    """
-    if _LOAD_ERROR is not None:
-        raise ImportError(
-            f"elang's compiled ops did not load under torch {torch.__version__}: {_LOAD_ERROR}. Reinstall elang with "
-            "`pip install --no-build-isolation .`, or set ELANG_BACKEND=reference to run in plain PyTorch; "
-            "`python -m elang.info` tells more."
-        ) from _LOAD_ERROR
-
-
-def _missing(*_: Any) -> Any:
-    warmup()
-
-
-def _bind(name: str, plain: Callable[..., Any], overload: str = "default") -> Callable[..., Any]:
-    """What a wrapper calls. The overload is looked up once: a call through its packet costs more."""
-    if _BACKEND == "reference":
-        return plain
-    if _LOAD_ERROR is not None:
-        return _missing
-    return cast(Callable[..., Any], getattr(getattr(torch.ops.elang, name), overload))
+# ---- what the wrappers call
 
 
 def _reference_route(hidden, weight, bias, threshold, score, temperature):  # type: ignore[no-untyped-def]
@@ -134,6 +36,11 @@ def _reference_route(hidden, weight, bias, threshold, score, temperature):  # ty
 def _reference_route_logits(logits, threshold, score, temperature):  # type: ignore[no-untyped-def]
     checks.route_logits(logits, threshold, SCORES[score], temperature)
     return reference.route_logits(logits, threshold, score=SCORES[score], temperature=temperature)[1:]
+
+
+def _reference_vocab_energy(hidden, weight, bias, mask, temperature):  # type: ignore[no-untyped-def]
+    checks.vocab_energy(hidden, weight, bias, mask, temperature)
+    return reference.vocab_energy(hidden, weight, bias, mask, temperature=temperature)
 
 
 def _reference_gather_rows(tensors, order, n_routed, capacity):  # type: ignore[no-untyped-def]
@@ -157,10 +64,12 @@ def _eager_and_compiled(op: Callable[..., Any]) -> tuple[Callable[..., Any], Cal
     return getattr(op, "_op", op), op
 
 
+_bind = backend.bind
 _ROUTE = _eager_and_compiled(_bind("route", _reference_route))
 _ROUTE_DEVICE_THRESHOLD = _eager_and_compiled(_bind("route", _reference_route, "device_threshold"))
 _ROUTE_LOGITS = _eager_and_compiled(_bind("route_logits", _reference_route_logits))
 _ROUTE_LOGITS_DEVICE_THRESHOLD = _eager_and_compiled(_bind("route_logits", _reference_route_logits, "device_threshold"))
+_VOCAB_ENERGY = _bind("vocab_energy", _reference_vocab_energy)
 _GATHER_ROWS = _bind("gather_rows", _reference_gather_rows)
 _MERGE_ROWS = _bind("merge_rows", _reference_merge_rows)
 _ROUTED_EXTENT = _bind("routed_extent", _reference_routed_extent)
@@ -188,6 +97,14 @@ def _fake_route_logits(logits, threshold, score, temperature):  # type: ignore[n
     return _fake_decision(logits.shape[0], logits)
 
 
+def _fake_vocab_energy(hidden, weight, bias, mask, temperature):  # type: ignore[no-untyped-def]
+    checks.vocab_energy(hidden, weight, bias, mask, temperature)
+    return (
+        hidden.new_empty((hidden.shape[0],), dtype=torch.float32),
+        hidden.new_empty(hidden.shape[:-1], dtype=torch.int64),
+    )
+
+
 def _fake_gather_rows(tensors, order, n_routed, capacity):  # type: ignore[no-untyped-def]
     checks.gather_rows(tensors, order, n_routed, capacity)
     return [t.new_empty((capacity, *t.shape[1:])) for t in tensors]
@@ -203,22 +120,33 @@ def _fake_routed_extent(mask, order, n_routed):  # type: ignore[no-untyped-def]
     return n_routed.new_empty((2,))
 
 
-_FAKES: dict[str, Callable[..., Any]] = {
-    "route": _fake_route,
-    "route.device_threshold": _fake_route,
-    "route_logits": _fake_route_logits,
-    "route_logits.device_threshold": _fake_route_logits,
-    "gather_rows": _fake_gather_rows,
-    "merge_rows": _fake_merge_rows,
-    "routed_extent": _fake_routed_extent,
+# Of each overload: its fake, and it in plain PyTorch.
+_OVERLOADS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "route": (_fake_route, _reference_route),
+    "route.device_threshold": (_fake_route, _reference_route),
+    "route_logits": (_fake_route_logits, _reference_route_logits),
+    "route_logits.device_threshold": (_fake_route_logits, _reference_route_logits),
+    "vocab_energy": (_fake_vocab_energy, _reference_vocab_energy),
+    "gather_rows": (_fake_gather_rows, _reference_gather_rows),
+    "merge_rows": (_fake_merge_rows, _reference_merge_rows),
+    "routed_extent": (_fake_routed_extent, _reference_routed_extent),
 }
 
-if _BACKEND == "cpp" and _LOAD_ERROR is None:
-    _registrations = torch.library.Library("elang", "IMPL")  # type: ignore[no-untyped-call]
-    for _name, _fake in _FAKES.items():
-        torch.library.register_fake(f"elang::{_name}", _fake)
+
+def _register() -> None:
+    devices = ["cpu", "cuda"] if torch.version.cuda or torch.version.hip else ["cpu"]
+    for name, (fake, plain) in _OVERLOADS.items():
+        torch.library.register_fake(f"elang::{name}", fake)
         # register_autograd would cost 5 us a call under no_grad; _InferenceOnly refuses a backward for nothing.
-        _registrations.impl(_name, torch.library.fallthrough_kernel, "Autograd")  # type: ignore[no-untyped-call]
+        _registrations.impl(name, torch.library.fallthrough_kernel, "Autograd")  # type: ignore[no-untyped-call]
+        for device in devices:
+            if kernel := backend.kernel(name.split(".")[0], device, plain):
+                _registrations.impl(name, kernel, device.upper(), allow_override=True)  # type: ignore[no-untyped-call]
+
+
+if backend.FORCED != "reference" and backend.LOAD_ERROR is None:
+    _registrations = torch.library.Library("elang", "IMPL")  # type: ignore[no-untyped-call]
+    _register()
 
 
 # ---- inference only
@@ -302,7 +230,6 @@ def route(
         return _new_tuple(Route, op(hidden, weight, bias, threshold, _SCORE_INDEX[score], temperature))
     except Exception:
         checks.route(hidden, weight, bias, threshold, score, temperature)
-        _explain_no_kernel(hidden)
         raise
 
 
@@ -339,7 +266,50 @@ def route_logits(
         return Route(logits, *op(logits, threshold, _SCORE_INDEX[score], temperature))
     except Exception:
         checks.route_logits(logits, threshold, score, temperature)
-        _explain_no_kernel(logits)
+        raise
+
+
+def vocab_energy(
+    hidden: Tensor,  # [N, H] or [B, M, H] float32, bfloat16 or float16
+    weight: Tensor,  # [C, H]
+    bias: Tensor | None = None,  # [C]
+    mask: Tensor | None = None,  # [B, M] bool, integer or float
+    *,
+    temperature: float = 1.0,
+) -> VocabEnergy:
+    """Free energy and arg-max over a vocabulary, without its logits: they exist a tile at a time.
+
+    `z = F.linear(hidden, weight, bias); s = temperature * logsumexp(z / temperature, -1); z.argmax(-1)`, and for
+    [B, M, H] the mean of s over the tokens that count: `(s * mask).sum(1) / mask.sum(1)`
+
+    Args:
+        hidden: rows, or sequences of M tokens. Any strides.
+        weight: the head, C of any size. Its dtype may differ from that of `hidden`; all sums are float32. The CPU reads
+            float32 in place and widens other dtypes a tile at a time.
+        bias: None or the head's bias.
+        mask: with [B, M, H] alone: a token counts iff its element is not zero. What stands in `hidden` elsewhere is
+            never looked at. None: every token counts.
+        temperature: T > 0.
+
+    Returns:
+        VocabEnergy(score [N] or [B] float32, argmax [N] or [B, M] int64). A sequence without a token has the score NaN,
+        so that it is routed; the argmax of a masked token is -1, that of a row whose score is not finite is some class.
+        Of equal logits the lowest class is the argmax.
+
+    Raises:
+        TypeError, ValueError: names the argument, what it got and what it wanted.
+
+    Synchronizes: no. CUDA graph: yes. Deterministic: yes, for the same shapes and device.
+    Source: E-LANG (arXiv 2203.00748), the free energy of an encoder-decoder; csrc/vocab.cpp,
+    triton_kernels/vocab_energy.py.
+    """
+    try:
+        op = _VOCAB_ENERGY
+        if _grad_enabled() and _needs_refusal((hidden, weight, bias)):
+            op = partial(_InferenceOnly.apply, op)
+        return _new_tuple(VocabEnergy, op(hidden, weight, bias, mask, temperature))
+    except Exception:
+        checks.vocab_energy(hidden, weight, bias, mask, temperature)
         raise
 
 
@@ -380,7 +350,6 @@ def gather_rows(
         return gathered
     except Exception:
         checks.gather_rows(tensors, order, n_routed, capacity)
-        _explain_no_kernel(order)
         checks.partition_values(order, n_routed)
         raise
 
@@ -419,7 +388,6 @@ def merge_rows(
         return merged
     except Exception:
         checks.merge_rows(kept, routed, order, n_routed)
-        _explain_no_kernel(order)
         checks.partition_values(order, n_routed)
         raise
 
@@ -451,6 +419,5 @@ def routed_extent(
         return extent
     except Exception:
         checks.routed_extent(mask, order, n_routed)
-        _explain_no_kernel(order)
         checks.partition_values(order, n_routed)
         raise

@@ -22,6 +22,13 @@ class Route(NamedTuple):
     n_routed: Tensor  # [1] int32, on the device of `score`
 
 
+class VocabEnergy(NamedTuple):
+    """What `vocab_energy` returns."""
+
+    score: Tensor  # [N] or [B] float32, higher = more confident; NaN for a sequence without a token
+    argmax: Tensor  # [N] or [B, M] int64; -1 where a token is masked
+
+
 def score_logits(logits: Tensor, score: str = "energy", temperature: float = 1.0) -> Tensor:
     """Confidence of each row: logits [N, C] of any float dtype -> [N] in float32 (float64 stays float64)."""
     z = logits if logits.dtype == torch.float64 else logits.float()
@@ -82,6 +89,28 @@ def route_logits(
 ) -> Route:
     values = score_logits(logits, score, temperature)
     return Route(logits, values, *partition(keep_mask(values, threshold)))
+
+
+def vocab_energy(
+    hidden: Tensor,  # [N, H] or [B, M, H]
+    weight: Tensor,  # [C, H]
+    bias: Tensor | None = None,  # [C]
+    mask: Tensor | None = None,  # [B, M]
+    *,
+    temperature: float = 1.0,
+) -> VocabEnergy:
+    with torch.autocast(hidden.device.type, enabled=False):
+        z = hidden.float() @ weight.float().t()
+    if bias is not None:
+        z = z + bias.float()
+    values = temperature * torch.logsumexp(z / temperature, dim=-1)
+    argmax = z.argmax(dim=-1)
+    if hidden.dim() == 2:
+        return VocabEnergy(values, argmax)
+    real = torch.ones_like(values, dtype=torch.bool) if mask is None else mask != 0
+    # Where, not a product: what stands at a masked token may be anything.
+    score = values.where(real, 0.0).sum(dim=1) / real.sum(dim=1)
+    return VocabEnergy(score, argmax.where(real, -1))
 
 
 def gather_rows(

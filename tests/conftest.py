@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from elang import ops
+from elang import backend
 
 
 def cuda_home() -> Path | None:
@@ -71,8 +71,14 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(no_gpu)
-        if "compiled" in item.keywords and ops.backend() == "reference":
+        if "compiled" in item.keywords and backend.FORCED == "reference":
             item.add_marker(no_kernel)
+
+
+def on_default_device(value):
+    """A test's table of arguments is made on the CPU: its tensors go where the test runs."""
+    on_cpu = isinstance(value, torch.Tensor) and value.is_cpu
+    return value.to(torch.get_default_device()) if on_cpu else value
 
 
 def _ulp(values: Tensor, dtype: torch.dtype) -> Tensor:

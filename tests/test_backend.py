@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
@@ -10,9 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import elang
-import elang.ops
+from elang import backend
 
 ROUTE = "import torch, elang; print(elang.route_logits(torch.zeros(2, 3), 0.0).n_routed.item())"
 
@@ -36,6 +38,7 @@ def test_reference_backend_passes_the_tests_of_the_ops():
             "no:cacheprovider",
             folder / "test_route.py",
             folder / "test_rows.py",
+            folder / "test_vocab.py",
             folder / "test_properties.py",
         ],
         env={**os.environ, "ELANG_BACKEND": "reference"},
@@ -46,7 +49,9 @@ def test_reference_backend_passes_the_tests_of_the_ops():
     assert "ELANG_BACKEND=reference: about the compiled kernel" in done.stdout
 
 
-@pytest.mark.parametrize(("variable", "known"), [("ELANG_BACKEND", "cpp, reference"), ("ELANG_ISA", "baseline, avx2")])
+@pytest.mark.parametrize(
+    ("variable", "known"), [("ELANG_BACKEND", "cpp, triton, reference"), ("ELANG_ISA", "baseline, avx2")]
+)
 def test_an_unknown_setting_is_refused(variable, known):
     done = python(ROUTE, **{variable: "fast"})
     assert done.returncode != 0
@@ -93,14 +98,72 @@ def test_info_reports_and_never_raises(broken_install):
     good = python("from elang.info import collect; import json; print(json.dumps(collect()))", **env)
     facts = json.loads(good.stdout)
     assert facts["elang"] == elang.__version__
-    cuda = elang.ops.cuda_obstacle()
-    cuda = "compiled kernels" if cuda is None else f"none, {cuda}"
-    assert facts["op route"] == f"cpu: cpp, {elang.ops.cpu_isa()} kernels (the default); cuda: {cuda}"
+    cpu, cuda = facts["op route"].split("; cuda: ")
+    assert cpu == f"cpu: cpp, {backend.cpu_isa()} kernels (the default)"
+    if torch.cuda.is_available() and backend.cuda_obstacle() is None:
+        assert cuda == "cpp (the default)"
+    elif torch.version.cuda is None:
+        assert cuda == f"nothing (torch {torch.__version__} is built without a GPU)"
     assert "isa_levels baseline" in facts["build"]
     bad = python("import elang.info; elang.info.main()", broken_install)
     assert bad.returncode == 0, bad.stderr
     assert "op route" in bad.stdout
     assert "ImportError" in bad.stdout
+
+
+OLD_DRIVER, NO_TRITON = "the driver is too old", "Triton is not installed"
+# op, device, ELANG_BACKEND, what stands in the way of compiled CUDA and of Triton -> what serves, and why
+CHOICES = [
+    ("route", "cpu", None, None, None, "cpp", "the default"),
+    ("route", "cpu", None, OLD_DRIVER, NO_TRITON, "cpp", "the default"),
+    ("route", "cuda", None, None, None, "cpp", "the default"),
+    ("route", "cuda", None, OLD_DRIVER, None, "triton", OLD_DRIVER),
+    ("route", "cuda", None, OLD_DRIVER, NO_TRITON, "reference", f"{OLD_DRIVER}; {NO_TRITON}"),
+    ("route", "cuda", "cpp", OLD_DRIVER, None, None, OLD_DRIVER),
+    ("route", "cuda", "triton", None, None, "triton", "ELANG_BACKEND forces it"),
+    ("route", "cuda", "triton", None, NO_TRITON, None, NO_TRITON),
+    ("route", "cuda", "reference", None, None, "reference", "ELANG_BACKEND forces it"),
+    ("vocab_energy", "cpu", None, None, None, "cpp", "the default"),
+    ("vocab_energy", "cuda", None, None, None, "triton", "vocab_energy has no compiled CUDA kernel"),
+    ("vocab_energy", "cuda", "cpp", None, None, None, "vocab_energy has no compiled CUDA kernel"),
+]
+
+
+@pytest.mark.parametrize("case", CHOICES, ids=lambda c: "-".join(str(part) for part in c[:3]))
+def test_choice(case):
+    *asked, serves, why = case
+    assert backend.choose(*asked) == (serves, why)
+
+
+def test_a_driver_older_than_the_build_is_an_obstacle(monkeypatch):
+    """The one obstacle that only the driver tells, and without starting CUDA."""
+    monkeypatch.setattr(backend, "_driver_version", lambda: 11)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    backend.cuda_build_obstacle.cache_clear()
+    try:
+        obstacle = backend.cuda_build_obstacle()
+        built = importlib.import_module("elang._C").build_config()["cuda"]
+        wanted = f"the driver is for CUDA 11, elang was built with CUDA {built}" if built else "built without CUDA"
+        assert wanted in obstacle
+    finally:
+        backend.cuda_build_obstacle.cache_clear()
+
+
+def test_what_cannot_serve_says_so_and_what_would():
+    code = "import torch, elang; elang.vocab_energy(torch.zeros(2, 3), torch.zeros(4, 3))"
+    done = python(code, ELANG_BACKEND="triton", TRITON_INTERPRET="")
+    assert done.returncode != 0
+    last = done.stderr.strip().splitlines()[-1]
+    assert "vocab_energy cannot run on cpu: Triton serves CPU tensors only under TRITON_INTERPRET=1" in last
+    assert "ELANG_BACKEND=reference" in last
+
+
+@pytest.mark.filterwarnings("error")
+def test_plain_pytorch_on_a_gpu_warns_once():
+    plain = backend._warned("route", OLD_DRIVER, lambda x: x + 1)
+    with pytest.warns(RuntimeWarning, match=f"route runs in plain PyTorch on this GPU: {OLD_DRIVER}"):
+        assert plain(1) == 2
+    assert plain(2) == 3
 
 
 def test_public_names_resolve():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from elang import host_read, ops, reference
+from elang import host_read, reference
 
 
 def decided(n: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
@@ -35,7 +35,7 @@ def test_an_unknown_way_is_refused(monkeypatch):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a CUDA device")
 def test_without_a_device_it_copies_and_says_why():
     assert host_read.in_use(torch.device("cuda", 0)).startswith("copy (")
-    assert any(why in host_read.in_use(torch.device("cuda", 0)) for why in ("no NVIDIA driver", "built without CUDA"))
+    assert any(why in host_read.in_use(torch.device("cuda", 0)) for why in ("no NVIDIA driver", "without CUDA"))
 
 
 @pytest.mark.gpu
@@ -65,13 +65,3 @@ def test_a_capturing_stream_is_refused():
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph), pytest.raises(RuntimeError, match="the stream is capturing a graph"):
         host_read.routed_extent(order, n_routed, None)
-
-
-def test_why_cuda_cannot_serve_is_said(monkeypatch):
-    class OnCuda(torch.Tensor):
-        is_cuda = True
-
-    monkeypatch.setattr(ops, "cuda_obstacle", lambda: "there is no NVIDIA driver")
-    with pytest.raises(RuntimeError, match="CUDA kernels cannot run: there is no NVIDIA driver"):
-        ops._explain_no_kernel(torch.ones(1).as_subclass(OnCuda))
-    ops._explain_no_kernel(torch.ones(1))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import cuda_home
 
-from elang import ops
+from elang import backend
 
 REGISTERS = 128  # of a thread, so that two blocks of 256 fit a multiprocessor
 KERNELS = {"route_kernel", "route_logits_kernel", "gather_kernel", "merge_kernel", "extent_kernel"}
@@ -29,7 +29,7 @@ def cuobjdump() -> str | None:
 def resources() -> list[tuple[str, str, dict[str, int]]]:
     """(arch, kernel, usage) of every kernel in the library."""
     dumped = subprocess.run(
-        [str(cuobjdump()), "-res-usage", ops.LIBRARY], capture_output=True, text=True, check=True
+        [str(cuobjdump()), "-res-usage", backend.LIBRARY], capture_output=True, text=True, check=True
     ).stdout
     readable = subprocess.run(["c++filt"], input=dumped, capture_output=True, text=True, check=True).stdout
     arch, kernel, rows = "", "", []

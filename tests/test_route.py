@@ -9,11 +9,11 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import assert_accurate, assert_partition
+from conftest import assert_accurate, assert_partition, on_default_device
 from torch.library import opcheck
 
 import elang
-from elang import ops, reference
+from elang import backend, reference
 from elang.reference import SCORES
 
 INF, NAN = float("inf"), float("nan")
@@ -262,7 +262,7 @@ def test_threads_do_not_change_a_bit():
 
 @pytest.mark.cpu_only
 @pytest.mark.compiled
-@pytest.mark.parametrize("isa", ops.ISAS)
+@pytest.mark.parametrize("isa", backend.ISAS)
 def test_every_instruction_set_matches_float64(isa):
     """The accuracy and stride tests once more in a process that is held to `isa`, or to the best below it."""
     if os.environ.get("ELANG_ISA"):
@@ -379,11 +379,6 @@ BAD_ROUTE = {
     "temperature type": (dict(temperature="warm"), TypeError, "temperature: got 'warm'"),
     "unknown score": (dict(score="enrgy"), ValueError, "score: got 'enrgy', wanted one of energy, energy_probs"),
 }  # fmt: skip
-
-
-def on_default_device(value):
-    on_cpu = isinstance(value, torch.Tensor) and value.is_cpu
-    return value.to(torch.get_default_device()) if on_cpu else value
 
 
 @pytest.mark.parametrize("case", BAD_ROUTE)

@@ -158,16 +158,6 @@ void score_block(const RouteArgs& args, const float* z, int64_t first, int valid
   for (int r = 0; r < valid; ++r) args.score[first + r] = score[r];
 }
 
-// Calls f with a null pointer of the element type that `dtype` names.
-template <class F>
-void with_type(DType dtype, F&& f) {
-  switch (dtype) {
-    case DType::float32: return f(static_cast<float*>(nullptr));
-    case DType::bfloat16: return f(static_cast<BFloat16*>(nullptr));
-    case DType::float16: return f(static_cast<Float16*>(nullptr));
-  }
-}
-
 template <class T>
 void pack(const T* from, int64_t row_stride, int64_t col_stride, int64_t rows, int64_t cols, T* to) {
   for (int64_t r = 0; r < rows; ++r)
@@ -247,9 +237,7 @@ int64_t scratch(const RouteArgs& args) {
 
 }  // namespace
 
-#define ELANG_STR_(x) #x
-#define ELANG_STR(x) ELANG_STR_(x)
-extern const RouteKernel kRoute = {ELANG_STR(ELANG_ISA), kLanes, scratch, rows};
+extern const RouteKernel kRoute = {kLanes, scratch, rows};
 
 }  // namespace ELANG_ISA
 }  // namespace elang

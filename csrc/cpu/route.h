@@ -7,7 +7,6 @@ namespace elang {
 
 // One instruction set's build of cpu/route.cpp.
 struct RouteKernel {
-  const char* isa;
   int lanes;  // rows that are scored together: a block
   // Floats of scratch that a call of `rows` needs.
   int64_t (*scratch)(const RouteArgs&);

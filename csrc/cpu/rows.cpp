@@ -59,16 +59,17 @@ void scatter(const Rows& from, const int64_t* order, int64_t begin, int64_t end,
   for (int64_t slot = begin; slot < end; ++slot) copy(slot, out, order ? order[slot] : slot);
 }
 
+bool counts(const Mask& mask, int64_t row, int64_t column) {
+  uint64_t item = 0;  // little-endian: the low bytes
+  std::memcpy(&item, mask.data + (row * mask.row_stride + column * mask.col_stride) * mask.item_bytes, mask.item_bytes);
+  return (mask.is_float ? item << (65 - 8 * mask.item_bytes) : item) != 0;
+}
+
 int64_t routed_length(const Mask& mask, const int64_t* order, int64_t n_routed) {
-  const auto counts = [&](int64_t row, int64_t column) {
-    uint64_t item = 0;  // little-endian: the low bytes
-    std::memcpy(&item, mask.data + (row * mask.row_stride + column * mask.col_stride) * mask.item_bytes, mask.item_bytes);
-    return (mask.is_float ? item << (65 - 8 * mask.item_bytes) : item) != 0;
-  };
   int64_t longest = 0;
   for (int64_t slot = 0; slot < n_routed; ++slot) {
     int64_t end = mask.columns;  // a row no longer than the longest so far need not be looked at further
-    while (end > longest && !counts(order[slot], end - 1)) --end;
+    while (end > longest && !counts(mask, order[slot], end - 1)) --end;
     longest = std::max(longest, end);
   }
   return longest;

@@ -6,7 +6,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#include "../score.h"
+#include "../route.h"
 
 #if !defined(ELANG_ISA)
 #error "compile with -DELANG_ISA=<name>: CMakeLists.txt does, once per instruction set"
@@ -34,6 +34,16 @@ struct BFloat16 {
 struct Float16 {
   uint16_t bits;
 };
+
+// Calls f with a null pointer of the element type that `dtype` names.
+template <class F>
+ELANG_HD void with_type(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::float32: return f(static_cast<float*>(nullptr));
+    case DType::bfloat16: return f(static_cast<BFloat16*>(nullptr));
+    case DType::float16: return f(static_cast<Float16*>(nullptr));
+  }
+}
 
 template <class To, class From>
 ELANG_HD To bit_cast(From from) {

@@ -128,7 +128,7 @@ Handle routed_extent_cuda(Handle mask_handle, Handle order, Handle n_routed) {
   const Input mask(mask_handle);
   const PartitionInputs in(order, n_routed);
   in.check(kCUDA);
-  const Mask m = mask_of(mask, in);
+  const Mask m = routed_mask(mask, in);
   const Launch launch("routed_extent", in.order.device);
   Tensor extent = empty({2}, kInt32, in.order.device);
   launch.check(launch_extent(m, order_of(in), extent.data_as<int32_t>(), nullptr, 0, launch),

@@ -55,7 +55,7 @@ class Provenance(_Record):
     data: str | None = None  # name or description of the rows
     data_sha256: str | None = None
     dtype: str | None = None  # in which the scores were computed
-    backend: str | None = None  # `elang.ops.backend()` at that time
+    backend: str | None = None  # of the op that computed them: `elang.backend.served`
     library: str = __version__  # of elang
     date: str = Field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
 

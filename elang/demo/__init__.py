@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 import elang
-from elang import ops
+from elang import backend
 from elang.calibration import Calibration, InfeasibleTarget, calibrate
 from elang.demo import report
 from elang.demo.data import Dataset, cache_folder, movie_reviews, read_csv
@@ -104,7 +104,7 @@ def _evaluate(dataset: Dataset, pair: Pair, progress: Progress) -> tuple[list[Ro
         "data": f"{dataset.name}, calibration rows",
         "data_sha256": dataset.sha256,
         "dtype": str(swift.dtype).removeprefix("torch."),
-        "backend": ops.backend(),
+        "backend": backend.served("route", "cpu").backend,
         "library": elang.__version__,
     }
 
