@@ -8,6 +8,7 @@ Ops are for inference: inputs may require grad, a backward through an op raises.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -141,7 +142,9 @@ def _register() -> None:
         _registrations.impl(name, torch.library.fallthrough_kernel, "Autograd")  # type: ignore[no-untyped-call]
         for device in devices:
             if kernel := backend.kernel(name.split(".")[0], device, plain):
-                _registrations.impl(name, kernel, device.upper(), allow_override=True)  # type: ignore[no-untyped-call]
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", "[\\s\\S]*Overriding a previously registered kernel")  # meant
+                    _registrations.impl(name, kernel, device.upper(), allow_override=True)  # type: ignore[no-untyped-call]
 
 
 if backend.FORCED != "reference" and backend.LOAD_ERROR is None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 from pathlib import Path
 
@@ -17,6 +18,24 @@ def cuda_home() -> Path | None:
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), nvcc and Path(nvcc).resolve().parents[1]]
     homes = [Path(home) for home in [*homes, "/usr/local/cuda"] if home]
     return next((home for home in homes if (home / "include" / "cuda_runtime_api.h").exists()), None)
+
+
+def pytest_configure():
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        _interpret_programs_in_random_order()
+
+
+def _interpret_programs_in_random_order() -> None:
+    """As a GPU may run them. In sequence, as the interpreter does by itself, the last program is always the last."""
+    from triton.runtime.interpreter import interpreter_builder as builder
+
+    shuffler, set_dim, set_idx, order = random.Random(0), builder.set_grid_dim, builder.set_grid_idx, []
+
+    def set_grid_dim(x, *rest):
+        order[:] = shuffler.sample(range(x), x)
+        set_dim(x, *rest)
+
+    builder.set_grid_dim, builder.set_grid_idx = set_grid_dim, lambda x, *rest: set_idx(order[x], *rest)
 
 
 @pytest.fixture(autouse=True)
@@ -67,10 +86,13 @@ def pytest_generate_tests(metafunc):
 
 def pytest_collection_modifyitems(items):
     no_gpu = pytest.mark.skip(reason="no CUDA device")
+    no_cpu_kernel = pytest.mark.skip(reason="ELANG_BACKEND=triton: about the CPU kernel")
     no_kernel = pytest.mark.skip(reason="ELANG_BACKEND=reference: about the compiled kernel")
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(no_gpu)
+        if "cpu_only" in item.keywords and backend.FORCED == "triton":
+            item.add_marker(no_cpu_kernel)
         if "compiled" in item.keywords and backend.FORCED == "reference":
             item.add_marker(no_kernel)
 

@@ -234,6 +234,7 @@ def test_inputs_are_unchanged_and_outputs_are_new():
     assert len({t.untyped_storage().data_ptr() for t in (*args, *got)}) == 7
 
 
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="numpy's product depends on a row's place")
 @pytest.mark.compiled
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
