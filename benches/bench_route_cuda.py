@@ -69,6 +69,8 @@ def bare(skeleton, hidden: list[torch.Tensor], classes: int):
 @pytest.mark.parametrize("classes", [3, 32, 150])
 @pytest.mark.parametrize("rows", [1, 8, 64, 256])
 def test_route_latency(benchmark, record, skeleton, rows, classes):
+    from elang.triton_kernels import route as triton_route
+
     weight = torch.randn(classes, H, dtype=torch.bfloat16, device="cuda") / H**0.5
     bias = torch.zeros(classes, dtype=torch.bfloat16, device="cuda")
     hidden = [torch.randn(rows, H, dtype=torch.bfloat16, device="cuda") for _ in range(SETS)]
@@ -79,6 +81,7 @@ def test_route_latency(benchmark, record, skeleton, rows, classes):
             "elang": lambda i: elang.route(hidden[i % SETS], weight, bias, THRESHOLD),
             "static chain": lambda i: static_chain(hidden[i % SETS], weight, bias),
             "torch.compile": lambda i: compiled(hidden[i % SETS], weight, bias),
+            "triton": lambda i: triton_route.route(hidden[i % SETS], weight, bias, THRESHOLD, 0, 1.0),
         }
         if skeleton:
             variants["skeleton"] = bare(skeleton, hidden, classes)

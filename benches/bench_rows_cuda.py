@@ -49,11 +49,14 @@ def test_gather_and_merge(benchmark, record, rows, row_bytes, share_routed):
 @pytest.mark.parametrize("rows", [1, 16, 256])
 def test_batch_of_inputs_in_one_launch(benchmark, record, rows):
     """What a dispatcher moves: ids, mask and types of 128 tokens."""
+    from elang.triton_kernels import rows as triton_rows
+
     order, n_routed = partition(rows)
     tensors = [torch.ones(rows, 128, dtype=torch.int64, device="cuda") for _ in range(3)]
     count = max(int(n_routed), 1)
     variants = {
         "gather": lambda i: elang.gather_rows(tensors, order, n_routed, count),
+        "triton": lambda i: triton_rows.gather_rows(tensors, order, n_routed, count),
         "index_select": lambda i: [t.index_select(0, order[:count]) for t in tensors],
     }
     record("batch", {"rows": rows, "microseconds": in_graph(variants)})

@@ -1,9 +1,13 @@
 """Everything that wants a GPU, in one go: `make check-gpu`, or `make check-gpu STAGES="tests sanitizer"`.
 
-Builds elang for this GPU into build/check_gpu, runs every test marked `gpu`, the kernel tests under compute-sanitizer
-and the benches, prints one table and keeps it with the benches' results in benches/results/<device>.json. Needs no
-network, no .git and no Python package beyond torch, numpy, transformers, pytest and pytest-benchmark, and what the
-build needs: nvcc, CMake, Ninja, pybind11, setuptools. Limits of the stages keep all of it within ten minutes.
+Builds elang for this GPU into build/check_gpu, runs every test marked `gpu`, those of the ops once more with the Triton
+kernels, the kernel tests under compute-sanitizer and the benches, prints one table and keeps it with the results of the
+benches in benches/results/<device>.json. Needs no network, no .git and no Python package beyond torch, triton, numpy,
+transformers, pytest and pytest-benchmark, and what the build needs: nvcc, CMake, Ninja, pybind11, setuptools. Every
+stage has a limit; all together stay below a quarter of an hour.
+
+`vocab_energy` is measured beside its peers, where they are installed or lie as wheels in build/peers:
+pip download --no-deps -d build/peers cut-cross-entropy liger-kernel quack-kernels
 """
 
 from __future__ import annotations
@@ -73,16 +77,27 @@ def marked(folder: Path, pattern: str) -> list[Path]:
 
 
 def build() -> list[Row]:
+    """elang and, beside it, whatever wheels of peers there are."""
     shutil.rmtree(TARGET, ignore_errors=True)
     TARGET.mkdir(parents=True)
     flags = ["--no-build-isolation", "--no-deps", "--no-index", "--quiet", "--upgrade", "--target", TARGET]
     arch = "{}.{}".format(*torch.cuda.get_device_capability())
     command = [sys.executable, "-m", "pip", "install", *flags, ROOT]
-    return [run("build", command, 150, ELANG_CUDA="1", TORCH_CUDA_ARCH_LIST=arch)]
+    rows = [run("build", command, 150, ELANG_CUDA="1", TORCH_CUDA_ARCH_LIST=arch)]
+    if peers := sorted((ROOT / "build" / "peers").glob("*.whl")):
+        flags = ["--no-deps", "--no-index", "--quiet", "--target", TARGET]
+        rows.append(run("peers", [sys.executable, "-m", "pip", "install", *flags, *peers], 60))
+    return rows
 
 
 def tests() -> list[Row]:
     return [run("tests", pytest(*marked(ROOT / "tests", "test_*.py")), 150)]
+
+
+def triton() -> list[Row]:
+    """The tests of the ops with Triton's kernels."""
+    files = [ROOT / "tests" / f"test_{name}.py" for name in ("route", "rows", "vocab", "properties")]
+    return [run("triton", pytest(*files), 150, ELANG_BACKEND="triton")]
 
 
 def sanitizer() -> list[Row]:
@@ -99,12 +114,13 @@ def sanitizer() -> list[Row]:
 
 
 def benches() -> list[Row]:
-    return [run("benches", pytest(*marked(ROOT / "benches", "bench_*.py"), "-s"), 170)]
+    return [run("benches", pytest(*marked(ROOT / "benches", "bench_*.py"), "-s"), 300)]
 
 
 STAGES: dict[str, Callable[[], list[Row]]] = {
     "build": build,
     "tests": tests,
+    "triton": triton,
     "sanitizer": sanitizer,
     "benches": benches,
 }
@@ -126,7 +142,7 @@ def main() -> int:
     for stage in STAGES:
         if stage in stages:
             rows += STAGES[stage]()
-            if rows[-1]["stage"] == "build" and rows[-1]["result"] != "ok":
+            if stage == "build" and rows[0]["result"] != "ok":
                 break
     sys.path.insert(0, str(TARGET))  # the report reads elang's version
     import report

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -12,17 +13,19 @@ from torch.profiler import ProfilerActivity, profile
 BURST = 10  # calls of one variant before the next takes its turn
 
 
-def microseconds(variants: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, dict[str, float]]:
+def microseconds(
+    variants: Mapping[str, Callable[[], Any]], seconds: float, burst: int = BURST
+) -> dict[str, dict[str, float]]:
     """`{variant: {"p50", "p99"}}` of single calls, over about `seconds` of wall-clock in all."""
     for run in variants.values():
-        for _ in range(BURST):
+        for _ in range(burst):
             run()
     clock = time.perf_counter_ns
     samples: dict[str, list[int]] = {name: [] for name in variants}
     end = clock() + int(seconds * 1e9)
     while clock() < end:
         for name, run in variants.items():
-            for _ in range(BURST):
+            for _ in range(burst):
                 start = clock()
                 run()
                 samples[name].append(clock() - start)
@@ -31,9 +34,19 @@ def microseconds(variants: Mapping[str, Callable[[], Any]], seconds: float) -> d
     }
 
 
-def allocations(run: Callable[[], Any]) -> int:
-    """Tensor allocations of one call, as torch's profiler counts them."""
+def _memory(run: Callable[[], Any]) -> list[int]:
+    """Bytes that one call takes (> 0) and gives back (< 0) in the course of time, as torch's profiler counts them."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
         run()
-    events = trace.profiler.kineto_results.events()
-    return sum(1 for event in events if event.name() == "[memory]" and event.nbytes() > 0)
+    events = [event for event in trace.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+
+
+def allocations(run: Callable[[], Any]) -> int:
+    """Tensor allocations of one call."""
+    return sum(1 for nbytes in _memory(run) if nbytes > 0)
+
+
+def peak_bytes(run: Callable[[], Any]) -> int:
+    """The most memory that a call's tensors, its results among them, take at once."""
+    return max(accumulate(_memory(run), initial=0))

@@ -31,6 +31,12 @@ EFFICIENCY_BAR = 0.97
 # On a GPU, bfloat16, H = 768: times of a bare kernel of the same grid, and over the chains; shares of copy bandwidth.
 SKELETON_BAR, STATIC_BAR, EAGER_BAR = 1.3, 4.0, 10.0
 ROUTE_BANDWIDTH_BAR, GATHER_BAR = 0.80, 0.85
+# vocab_energy on two threads of a CPU, float32: time over the bare product that makes the logits, speed-up over the
+# product with its logsumexp by rows, and memory over that of the logits.
+VOCAB_LINEAR_BAR, VOCAB_BARS, VOCAB_MEMORY_BAR = 1.15, {64: 1.15, 512: 1.3}, 0.02
+# On a GPU, bfloat16: speed-up over the fastest peer, share of the measured matrix rate at 4096 rows, share of copy
+# bandwidth up to 16 rows.
+PEER_BAR, MATRIX_BAR, HEAD_BANDWIDTH_BAR = 1.0, 0.75, 0.80
 NAIVE_BARS = {4: 1.12, 16: 1.05, 64: 1.0}  # batch -> the least speed-up over the naive cascade on ragged batches
 
 
@@ -62,7 +68,7 @@ def _device(path: Path) -> dict[str, Any]:
     }
 
 
-CPU_BENCHES = ("route", "joint")
+CPU_BENCHES = ("route", "vocab", "joint")
 
 
 def results_file(bench: str = "") -> Path:
@@ -83,7 +89,9 @@ def save(cells: dict[str, Any], path: Path, command: str = "") -> Path:
         "git_sha": _git_sha(),
         "date": date.today().isoformat(),
     }
-    measured = {bench: {**about, "cells": rows} for bench, rows in cells.items()}
+    # A bench that runs on other threads than most says so in its cells.
+    threads = {bench: {"threads": rows[0]["threads"]} if "threads" in rows[0] else {} for bench, rows in cells.items()}
+    measured = {bench: {**about, **threads[bench], "cells": rows} for bench, rows in cells.items()}
     path.write_text(json.dumps(kept | measured, indent=1) + "\n")
     return path
 
@@ -92,8 +100,8 @@ def _mark(value: float, bar: float) -> str:
     return f"{value:.2f} (bar {bar:g}: {'met' if value >= bar else 'MISSED'})"
 
 
-def _mark_most(value: float, bar: float) -> str:
-    return f"{value:.2f} (at most {bar:g}: {'met' if value <= bar else 'MISSED'})"
+def _mark_most(value: float, bar: float, digits: int = 2) -> str:
+    return f"{value:.{digits}f} (at most {bar:g}: {'met' if value <= bar else 'MISSED'})"
 
 
 def _table(*columns: str) -> Table:
@@ -128,6 +136,44 @@ def _route(console: Console, measured: list[dict[str, Any]]) -> None:
         console.print("{}, against eager: geometric mean C <= 3 {}; all {}; least {}".format(dtype, *shown))
 
 
+def _vocab(console: Console, cells: list[dict[str, Any]]) -> None:
+    table = _table("dtype", "rows", "elang ms", "time over linear", "x linear, logsumexp", "memory over the logits'")
+    for c in cells:
+        us = {name: t["p50"] for name, t in c["microseconds"].items()}
+        figures = us["elang"] / us["linear"], us["linear, logsumexp"] / us["elang"]
+        memory = c["peak_bytes"]["elang"] / c["logits_bytes"]
+        barred = c["dtype"] == "float32" and c["rows"] in VOCAB_BARS
+        table.add_row(
+            c["dtype"], str(c["rows"]), f"{us['elang'] / 1e3:.2f}",
+            _mark_most(figures[0], VOCAB_LINEAR_BAR) if barred else f"{figures[0]:.2f}",
+            _mark(figures[1], VOCAB_BARS[c["rows"]]) if barred else f"{figures[1]:.2f}",
+            _mark_most(memory, VOCAB_MEMORY_BAR, 4) if barred else f"{memory:.4f}",
+        )  # fmt: skip
+    console.print(table)
+
+
+def _vocab_cuda(console: Console, cells: list[dict[str, Any]]) -> None:
+    table = _table(
+        *("rows", "H", "C", "elang us", "fastest peer", "x fastest peer", "share of matrix rate", "share of a copy's"),
+        *("error", "fastest peer's"),
+    )
+    for c in cells:
+        us = {name: spread["p50"] for name, spread in c["microseconds"].items()}
+        peer = min((name for name in us if name != "elang"), key=us.__getitem__)
+        matrix, copy = f"{c['share_of_matrix_rate']:.2f}", f"{c['share_of_copy']:.2f}"
+        table.add_row(
+            *(str(c[axis]) for axis in ("rows", "H", "C")), f"{us['elang']:.1f}", peer,
+            _mark(us[peer] / us["elang"], PEER_BAR),
+            _mark(c["share_of_matrix_rate"], MATRIX_BAR) if c["rows"] == 4096 else matrix,
+            _mark(c["share_of_copy"], HEAD_BANDWIDTH_BAR) if c["rows"] <= 16 else copy,
+            f"{c['error']['elang']:.2g} ({'met' if c['error']['elang'] <= c['error'][peer] else 'MISSED'})",
+            f"{c['error'][peer]:.2g}",
+        )  # fmt: skip
+    console.print(table)
+    for peer, why in dict(pair for c in cells for pair in c["missing"].items()).items():
+        console.print(f"without {peer}: {why}")
+
+
 def _joint(console: Console, cells: list[dict[str, Any]]) -> None:
     table = _table(
         *(
@@ -153,7 +199,8 @@ def _joint(console: Console, cells: list[dict[str, Any]]) -> None:
 
 def _route_latency(console: Console, cells: list[dict[str, Any]]) -> None:
     table = _table(
-        "rows", "C", "in graph us", "x skeleton", "x static chain", "x torch.compile", "eager us", "x eager chain"
+        *("rows", "C", "in graph us", "x skeleton", "x static chain", "x torch.compile", "x triton twin"),
+        *("eager us", "x eager chain"),
     )
     for c in cells:
         us = {name: spread["p50"] for name, spread in c["in_graph"].items()}
@@ -163,7 +210,8 @@ def _route_latency(console: Console, cells: list[dict[str, Any]]) -> None:
             str(c["rows"]), str(c["C"]), f"{us['elang']:.2f}",
             _mark_most(skeleton, SKELETON_BAR) if small else f"{skeleton:.2f}",
             _mark(us["static chain"] / us["elang"], STATIC_BAR) if small else f"{us['static chain'] / us['elang']:.2f}",
-            f"{us['torch.compile'] / us['elang']:.2f}", f"{c['eager']['elang']['p50']:.1f}",
+            *(f"{us[name] / us['elang']:.2f}" for name in ("torch.compile", "triton")),
+            f"{c['eager']['elang']['p50']:.1f}",
             _mark(c["eager"]["chain"]["p50"] / us["elang"], EAGER_BAR) if small else "",
         )  # fmt: skip
     console.print(table)
@@ -214,7 +262,9 @@ def _checks(console: Console, cells: list[dict[str, Any]]) -> None:
 SECTIONS = {
     "check": _checks,
     "route": _route,
+    "vocab": _vocab,
     "joint": _joint,
+    "vocab_cuda": _vocab_cuda,
     "route_latency": _route_latency,
     "route_bandwidth": _route_bandwidth,
     "rows": _rows,

@@ -302,7 +302,8 @@ def vocab_energy(
     Raises:
         TypeError, ValueError: names the argument, what it got and what it wanted.
 
-    Synchronizes: no. CUDA graph: yes. Deterministic: yes, for the same shapes and device.
+    Synchronizes: no. CUDA graph: yes, once a call outside has compiled the kernel. Deterministic: yes, for the same
+    shapes and device.
     Source: E-LANG (arXiv 2203.00748), the free energy of an encoder-decoder; csrc/vocab.cpp,
     triton_kernels/vocab_energy.py.
     """

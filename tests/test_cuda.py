@@ -152,6 +152,32 @@ def test_nothing_waits():
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize(("b", "m"), [(2, 8), (30, 40)])
+def test_vocab_energy_in_a_graph_sees_new_data_and_nothing_waits(b, m):
+    make = {"device": "cuda", "dtype": torch.bfloat16}
+    hidden, weight = torch.randn(b, m, 256, **make), torch.randn(5003, 256, **make) / 16
+    mask = torch.ones(b, m, dtype=torch.long, device="cuda")
+    elang.vocab_energy(hidden, weight, None, mask)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = elang.vocab_energy(hidden, weight, None, mask)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        hidden.copy_(torch.randn_like(hidden))
+        mask.copy_(torch.rand(b, m) < 0.5)
+        graph.replay()
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            eager = elang.vocab_energy(hidden, weight, None, mask)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        torch.testing.assert_close(captured.score, eager.score, rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(captured.argmax, eager.argmax)
+        wanted = reference.vocab_energy(hidden, weight, None, mask)
+        torch.testing.assert_close(eager.score, wanted.score, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
 def test_one_launch_per_call():
     hidden, weight, bias = head(300)
     tensors = [torch.ones(300, 16, device="cuda", dtype=torch.long) for _ in range(4)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import assert_partition
+from conftest import assert_accurate, assert_partition
 
 import elang
 from elang import reference
@@ -69,3 +69,21 @@ def test_every_row_gets_exactly_one_answer_in_input_order(keep, padding):
     (gathered,) = elang.gather_rows([rows], order, n_routed, capacity)
     merged = elang.merge_rows(rows, gathered + 1000, order, n_routed)
     assert merged.tolist() == [i if k else i + 1000 for i, k in enumerate(keep)]
+
+
+@settings(max_examples=50)
+@given(
+    shape=st.tuples(st.integers(1, 40), st.integers(1, 4), st.integers(1, 40)),
+    classes=st.integers(1, 3000),
+    temperature=st.floats(0.05, 20),
+    data=st.data(),
+)
+def test_any_shape_of_a_vocabulary(shape, classes, temperature, data):
+    torch.manual_seed(data.draw(st.integers(0, 2**31)))
+    hidden, weight, bias = torch.randn(shape), torch.randn(classes, shape[2]), torch.randn(classes)
+    mask = torch.rand(shape[:2]) < data.draw(st.sampled_from([0.5, 2.0]))
+    got = elang.vocab_energy(hidden, weight, bias, mask, temperature=temperature)
+    values = temperature * torch.logsumexp((hidden.double() @ weight.double().t() + bias.double()) / temperature, -1)
+    eager = reference.vocab_energy(hidden, weight, bias, mask, temperature=temperature)
+    assert_accurate(got.score, eager.score, values.where(mask, 0.0).sum(1) / mask.sum(1))
+    assert torch.equal(got.argmax == -1, ~mask)
