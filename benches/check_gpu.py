@@ -4,7 +4,7 @@ Builds elang for this GPU into build/check_gpu, runs every test marked `gpu`, th
 kernels, the kernel tests under compute-sanitizer and the benches, prints one table and keeps it with the results of the
 benches in benches/results/<device>.json. Needs no network, no .git and no Python package beyond torch, triton, numpy,
 transformers, pytest and pytest-benchmark, and what the build needs: nvcc, CMake, Ninja, pybind11, setuptools. Every
-stage has a limit; all together stay below a quarter of an hour.
+stage has a limit; all together come to at most twenty minutes, most of it Triton's compiler: stages run one by one too.
 
 `vocab_energy` is measured beside its peers, where they are installed or lie as wheels in build/peers:
 pip download --no-deps -d build/peers cut-cross-entropy liger-kernel quack-kernels
@@ -29,7 +29,7 @@ ROOT = Path(__file__).parent.parent
 TARGET = ROOT / "build" / "check_gpu"
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 # Small enough for a tool that is a hundred times slower: every kernel, one block and many, one finisher and several.
-SANITIZED = "(any_number_of_rows and (31 or 4097)) or other_layouts or nothing_waits"
+SANITIZED = "(any_number_of_rows and (31 or 4097)) or other_layouts or nothing_waits or agrees_with_the_cpu"
 UNSUPPORTED = "Device not supported"  # what compute-sanitizer says where it cannot run
 
 Row = dict[str, object]  # stage, result, seconds, said
@@ -97,7 +97,7 @@ def tests() -> list[Row]:
 def triton() -> list[Row]:
     """The tests of the ops with Triton's kernels."""
     files = [ROOT / "tests" / f"test_{name}.py" for name in ("route", "rows", "vocab", "properties")]
-    return [run("triton", pytest(*files), 150, ELANG_BACKEND="triton")]
+    return [run("triton", pytest(*files, "-k", "not 40000"), 420, ELANG_BACKEND="triton")]
 
 
 def sanitizer() -> list[Row]:

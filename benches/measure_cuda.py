@@ -52,6 +52,22 @@ def in_graph(variants: Mapping[str, Callable[[int], Any]], rounds: int = ROUNDS)
     return {name: _spread(values) for name, values in samples.items()}
 
 
+def between_events(run: Callable[[int], Any], rounds: int = ROUNDS) -> Spread:
+    """As `in_graph` of what cannot be captured: calls queued one behind the other, launch gaps and waits included."""
+    for i in range(3):
+        run(i)
+    samples = []
+    for _ in range(rounds):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for i in range(LAUNCHES):
+            run(i)
+        end.record()
+        end.synchronize()
+        samples.append(start.elapsed_time(end) * 1e3 / LAUNCHES)
+    return _spread(samples)
+
+
 def on_the_clock(variants: Mapping[str, Callable[[], Any]], rounds: int = 300) -> dict[str, Spread]:
     """Microseconds of the host's clock from an idle device to the end of the call, its results on the device."""
     samples: dict[str, list[float]] = {name: [] for name in variants}

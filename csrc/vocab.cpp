@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <atomic>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -18,7 +19,7 @@ namespace {
 
 constexpr int64_t kTileRows = 128, kTileClasses = 128;
 static_assert(kTileClasses % kVocabPad == 0, "a row of a tile has room for the last vector");
-// Classes are summed in parts, which threads share; their number hangs on C alone, and so do the bits of the result.
+// Classes are summed in parts, which threads share. Their number hangs on C alone.
 constexpr int64_t kPartClasses = 2048, kMaxParts = 16;
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -37,11 +38,13 @@ struct VocabInputs {
     sequences = hidden.sizes[0], tokens = hidden.dim == 3 ? hidden.sizes[1] : 1, width = hidden.sizes[hidden.dim - 1];
     check_head(weight, bias, width, hidden.device);
     classes = weight.sizes[0];
+    float_type(hidden, "hidden"), matrix(weight, "weight"), bias_column(bias);
     STD_TORCH_CHECK(classes > 0, "weight: got C = 0, wanted at least one class");
     if (!mask.defined()) return;
     STD_TORCH_CHECK(hidden.dim == 3, "mask: got one for hidden [N, H], wanted hidden [B, M, H]");
     check_device(mask, "mask", hidden.device);
     check_shape(mask, "mask", {sequences, tokens}, "[B, M] as in hidden");
+    mask_of(mask);
   }
 
   // Numbers of the tokens that count, of the B * M.
@@ -149,16 +152,21 @@ std::tuple<Handle, Handle> vocab_energy_cpu(
   const auto count = static_cast<int64_t>(tokens.size());
 
   const int64_t blocks = ceil_div(count, kTileRows), block_rows = blocks ? ceil_div(count, blocks) : 0;
-  const int64_t parts = std::clamp<int64_t>(in.classes / kPartClasses, 1, kMaxParts);
+  const int64_t parts = std::min(ceil_div(in.classes, kPartClasses), kMaxParts);
   const int64_t part_classes = ceil_div(ceil_div(in.classes, parts), kTileClasses) * kTileClasses;
   const Tensor memory = empty({parts * count, static_cast<int64_t>(sizeof(VocabState))}, kUInt8, in.hidden.device);
   auto* const states = memory.data_as<VocabState>();
+  // One for each thread, all taken here, where a profiler of memory sees them.
+  std::vector<Tiles> tiles;
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), parts * blocks);
+  for (int64_t i = 0; i < threads; ++i) tiles.emplace_back(in, block_rows);
+  std::atomic<size_t> taken{0};
   torch::stable::parallel_for(0, parts * blocks, 1, [&](int64_t begin, int64_t end) {
-    Tiles tiles(in, block_rows);
+    Tiles& mine = tiles.at(taken++);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t part = task / blocks, row = task % blocks * block_rows;
       const int64_t first = std::min(part * part_classes, in.classes), last = std::min(first + part_classes, in.classes);
-      tiles.fold(tokens.data() + row, std::min(block_rows, count - row), first, last, temperature, states + part * count + row);
+      mine.fold(tokens.data() + row, std::min(block_rows, count - row), first, last, temperature, states + part * count + row);
     }
   });
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 import os
+import re
 import warnings
 from collections.abc import Callable
 from functools import cache
@@ -56,7 +57,7 @@ LOAD_ERROR = _load() if FORCED != "reference" else None
 
 
 def warmup() -> None:
-    """Load all that an op needs now rather than on first use.
+    """Load the compiled library now rather than on first use. Triton compiles a kernel when it is first called.
 
     Raises:
         ImportError: the compiled library is missing or does not load; says why, and what to do.
@@ -119,7 +120,37 @@ def cuda_obstacle() -> str | None:
     library = ctypes.CDLL(str(LIBRARY))
     library.elang_cuda_obstacle.restype = ctypes.c_char_p
     said: bytes | None = library.elang_cuda_obstacle()
-    return None if said is None else said.decode()
+    if said is not None:
+        return said.decode()
+    archs = importlib.import_module("elang._C").build_config()["cuda_archs"]
+    for index in range(torch.cuda.device_count()):
+        if not _covers(archs, torch.cuda.get_device_capability(index)):
+            name = torch.cuda.get_device_name(index)
+            return f"elang was built for {archs}, which leaves out {name}: set TORCH_CUDA_ARCH_LIST and reinstall elang"
+    return None
+
+
+def _covers(archs: str, capability: tuple[int, int]) -> bool:
+    """Whether kernels built for `archs` run there: on a later minor version of the same major, or anywhere from PTX on.
+
+    archs: as CMake has them, "80-real 90a-real 120"; without "-real" there is PTX too.
+    """
+    for arch in archs.split():
+        found = re.fullmatch(r"(\d+)(\d)(a?)(-real)?", arch)
+        assert found, arch
+        built = int(found[1]), int(found[2])
+        if found[3]:
+            if built == capability:
+                return True
+        elif built <= capability and (built[0] == capability[0] or not found[4]):
+            return True
+    return False
+
+
+def explain(tensor: Any) -> None:
+    """Once an op has failed: whether it is for want of compiled kernels for its GPU."""
+    if FORCED in (None, "cpp") and isinstance(tensor, torch.Tensor) and tensor.is_cuda and (why := cuda_obstacle()):
+        raise RuntimeError(f"elang's CUDA kernels cannot run: {why}. ELANG_BACKEND=triton runs the ops in Triton")
 
 
 def _interpreting() -> bool:

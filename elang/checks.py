@@ -16,6 +16,7 @@ from torch import Tensor
 from elang.reference import SCORES
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+MASKS = (*FLOATS, torch.float64, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def _describe(value: Any) -> str:
@@ -122,7 +123,7 @@ def vocab_energy(hidden: Any, weight: Any, bias: Any, mask: Any, temperature_val
 
 
 def _check_mask_dtype(mask: Tensor) -> None:
-    if mask.dtype.is_complex or mask.dtype.itemsize not in (1, 2, 4, 8):
+    if mask.dtype not in MASKS:
         raise TypeError(f"mask: got {_describe(mask)}, wanted bool, an integer or a float")
 
 

@@ -233,6 +233,7 @@ def route(
         return _new_tuple(Route, op(hidden, weight, bias, threshold, _SCORE_INDEX[score], temperature))
     except Exception:
         checks.route(hidden, weight, bias, threshold, score, temperature)
+        backend.explain(hidden)
         raise
 
 
@@ -269,6 +270,7 @@ def route_logits(
         return Route(logits, *op(logits, threshold, _SCORE_INDEX[score], temperature))
     except Exception:
         checks.route_logits(logits, threshold, score, temperature)
+        backend.explain(logits)
         raise
 
 
@@ -302,8 +304,8 @@ def vocab_energy(
     Raises:
         TypeError, ValueError: names the argument, what it got and what it wanted.
 
-    Synchronizes: no. CUDA graph: yes, once a call outside has compiled the kernel. Deterministic: yes, for the same
-    shapes and device.
+    Synchronizes: no. CUDA graph: yes, once a call of the same shapes outside of it has compiled the kernels.
+    Deterministic: yes, for the same shapes and device, on the CPU the same threads.
     Source: E-LANG (arXiv 2203.00748), the free energy of an encoder-decoder; csrc/vocab.cpp,
     triton_kernels/vocab_energy.py.
     """
@@ -354,6 +356,7 @@ def gather_rows(
         return gathered
     except Exception:
         checks.gather_rows(tensors, order, n_routed, capacity)
+        backend.explain(order)
         checks.partition_values(order, n_routed)
         raise
 
@@ -392,6 +395,7 @@ def merge_rows(
         return merged
     except Exception:
         checks.merge_rows(kept, routed, order, n_routed)
+        backend.explain(order)
         checks.partition_values(order, n_routed)
         raise
 
@@ -423,5 +427,6 @@ def routed_extent(
         return extent
     except Exception:
         checks.routed_extent(mask, order, n_routed)
+        backend.explain(order)
         checks.partition_values(order, n_routed)
         raise

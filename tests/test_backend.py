@@ -149,6 +149,35 @@ def test_a_driver_older_than_the_build_is_an_obstacle(monkeypatch):
         backend.cuda_build_obstacle.cache_clear()
 
 
+@pytest.mark.parametrize(
+    ("archs", "capability", "covered"),
+    [
+        ("80-real 90-real 100-real 120", (8, 0), True),
+        ("80-real 90-real 100-real 120", (8, 9), True),
+        ("80-real 90-real 100-real 120", (7, 5), False),
+        ("80-real 90-real 100-real 120", (11, 0), False),
+        ("80-real 90-real 100-real 120", (12, 1), True),
+        ("90-real", (10, 0), False),
+        ("90", (10, 0), True),
+        ("90a-real", (9, 0), True),
+        ("100a", (10, 3), False),
+        ("", (9, 0), False),
+    ],
+)
+def test_which_gpus_a_build_is_for(archs, capability, covered):
+    assert backend._covers(archs, capability) == covered
+
+
+def test_a_failure_for_want_of_kernels_is_explained(monkeypatch):
+    class OnCuda(torch.Tensor):
+        is_cuda = True
+
+    monkeypatch.setattr(backend, "cuda_obstacle", lambda: "it was built for 90")
+    with pytest.raises(RuntimeError, match=r"cannot run: it was built for 90\. ELANG_BACKEND=triton"):
+        backend.explain(torch.ones(1).as_subclass(OnCuda))
+    backend.explain(torch.ones(1))
+
+
 def test_what_cannot_serve_says_so_and_what_would():
     code = "import torch, elang; elang.vocab_energy(torch.zeros(2, 3), torch.zeros(4, 3))"
     done = python(code, ELANG_BACKEND="triton", TRITON_INTERPRET="")

@@ -153,7 +153,7 @@ def test_nothing_waits():
 
 
 @pytest.mark.parametrize(("b", "m"), [(2, 8), (30, 40)])
-def test_vocab_energy_in_a_graph_sees_new_data_and_nothing_waits(b, m):
+def test_vocab_energy_in_a_graph_sees_new_data_without_a_wait(b, m):
     make = {"device": "cuda", "dtype": torch.bfloat16}
     hidden, weight = torch.randn(b, m, 256, **make), torch.randn(5003, 256, **make) / 16
     mask = torch.ones(b, m, dtype=torch.long, device="cuda")
@@ -176,6 +176,13 @@ def test_vocab_energy_in_a_graph_sees_new_data_and_nothing_waits(b, m):
         assert torch.equal(captured.argmax, eager.argmax)
         wanted = reference.vocab_energy(hidden, weight, None, mask)
         torch.testing.assert_close(eager.score, wanted.score, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+def test_vocab_energy_agrees_with_the_cpu():
+    for shape, classes in (((3, 64), 1003), ((5, 20, 64), 300), ((200, 33), 130)):
+        hidden, weight = torch.randn(*shape, device="cuda"), torch.randn(classes, shape[-1], device="cuda")
+        got, wanted = elang.vocab_energy(hidden, weight), elang.vocab_energy(hidden.cpu(), weight.cpu())
+        torch.testing.assert_close(got.score.cpu(), wanted.score, rtol=1e-5, atol=1e-4)
 
 
 def test_one_launch_per_call():

@@ -200,11 +200,14 @@ def test_inputs_are_left_alone_and_outputs_are_new():
     assert {t.data_ptr() for t in got}.isdisjoint(t.data_ptr() for t in args)
 
 
-def test_same_bits_again():
-    args = head((200, 32), 5000)
-    one, two = elang.vocab_energy(*args), elang.vocab_energy(*(t.clone() for t in args))
-    assert torch.equal(one.score, two.score)
-    assert torch.equal(one.argmax, two.argmax)
+@pytest.mark.parametrize("rows", [20, 200])
+def test_same_bits_again(rows):
+    args = head((rows, 64), 5000)
+    one = elang.vocab_energy(*args)
+    for _ in range(4):
+        two = elang.vocab_energy(*(t.clone() for t in args))
+        assert torch.equal(one.score, two.score)
+        assert torch.equal(one.argmax, two.argmax)
 
 
 @pytest.mark.cpu_only
@@ -301,6 +304,11 @@ BAD = {
     "mask shape": (dict(mask=torch.ones(4, 6)), ValueError, r"mask: .*\[4, 6\].*wanted \[4, 5\]"),
     "mask of rows": (dict(hidden=torch.ones(4, 8), mask=torch.ones(4, 1)), ValueError, r"mask: .*wanted None"),
     "mask dtype": (dict(mask=torch.ones(4, 5, dtype=torch.complex128)), TypeError, "mask: got torch.complex128"),
+    "uint16 mask": (dict(mask=torch.ones(4, 5, dtype=torch.uint16)), TypeError, "mask: got torch.uint16"),
+    "no integer rows": (dict(hidden=torch.ones(0, 8, dtype=torch.int64)), TypeError, "hidden: got torch.int64"),
+    "weight of no rows": (
+        dict(hidden=torch.ones(0, 8), weight=torch.ones(3, 8).double()), TypeError, "weight: got torch.float64",
+    ),
     "mask device": (dict(mask=torch.ones(4, 5, device="meta")), ValueError, "mask: got a tensor on meta"),
     "mask type": (dict(mask=[[1]]), ValueError, r"mask: got \[\[1\]\]"),
     "temperature": (dict(temperature=-1.0), ValueError, "temperature: got -1.0"),

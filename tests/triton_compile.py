@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -34,7 +35,7 @@ MULTIPROCESSORS = 132
 
 
 def calls(scores: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
-    """(what it is, a call of an op): every kernel, with every constant that changes its code."""
+    """(what it is, a call of an op)."""
     order, n_routed, threshold = torch.arange(64), torch.ones(1, dtype=I32), torch.ones(1)
     tensors = [torch.zeros(64, 128, dtype=I64), torch.zeros(64, 128, dtype=torch.bool), torch.zeros(64, 12, 64)]
     yield "gather", lambda: rows.gather_rows(tensors, order, n_routed, 16)
@@ -46,11 +47,14 @@ def calls(scores: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
         yield f"route bf16 {score}", lambda head=head, index=index: route.route(*head, 1.0, index, 1.0)
     head32 = torch.zeros(64, 768), torch.zeros(150, 768), torch.zeros(150)
     yield "route f32 energy_probs", lambda: route.route(*head32, threshold, SCORES.index("energy_probs"), 1.0)
-    yield "route_logits energy", lambda: route.route_logits(torch.zeros(64, 1000), 0.5, 0, 1.0)
+    for classes in (3, 150, 1000):
+        logits, index = torch.zeros(64, classes), SCORES.index("energy_probs")
+        yield f"route_logits energy_probs C={classes}", partial(route.route_logits, logits, 0.5, index, 1.0)
     bias = torch.empty(32128, dtype=BF16)
     for shape, dtype, width, extra in [
         ((16,), BF16, 1024, ()),
         ((4096,), BF16, 1024, ()),
+        ((40_000,), BF16, 1024, ()),  # enough row blocks for every multiprocessor: the vocabulary is not split
         ((2, 8), BF16, 1024, (bias, torch.ones(2, 8, dtype=I64))),
         ((8, 500), BF16, 1024, (bias, torch.ones(8, 500, dtype=I64))),
         ((8, 500), BF16, 1000, (bias, torch.ones(8, 500, dtype=I64))),
@@ -83,8 +87,8 @@ def compiled(kernel: Any, args: Any, constexprs: dict[str, Any], options: dict[s
     constants: dict[Any, Any] = {}
     attributes: dict[Any, Any] = {}
     types = {
-        name: signature(a, (i,), constants, attributes)
-        for i, (name, a) in enumerate(zip(kernel.arg_names, args, strict=False))
+        p.name: "i32" if p.do_not_specialize else signature(a, (i,), constants, attributes)
+        for i, (p, a) in enumerate(zip(kernel.params, args, strict=False))
     }
     types |= dict.fromkeys(constexprs, "constexpr")
     constants |= {(kernel.arg_names.index(name),): value for name, value in constexprs.items()}
@@ -123,6 +127,8 @@ def main(arch: str, few: str = "") -> None:
             mock.patch.object(rows, "launch", catch),
             mock.patch.object(vocab_energy, "launch", catch),
             mock.patch.object(vocab_energy, "gpu", return_value=configs.Gpu(kind, MULTIPROCESSORS)),
+            mock.patch.object(vocab_energy, "LAST_PROGRAM_READS", not amd),
+            mock.patch.object(route, "LAST_PROGRAM_READS", not amd),
         ):
             call()
         for launch in caught:

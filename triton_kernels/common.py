@@ -11,6 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 INTERPRETING = triton.knobs.runtime.interpret
+# Whether the last program to arrive may read what the others wrote. On AMD a barrier does not wait for the stores of a
+# program's other waves, which are then not part of what one wave releases: there a second launch reads it.
+LAST_PROGRAM_READS = torch.version.hip is None
 _INTERPRET = tl.constexpr(INTERPRETING)
 
 

@@ -1,4 +1,4 @@
-"""The tiles of the Triton kernels, by kind of GPU. Chosen here and not by an autotuner: the same shapes give the same
+"""The tiles of the Triton kernels, by kind of GPU. Chosen here and not by an autotuner: equal arguments give equal
 tiles, hence the same bits, on every run. Not yet tuned on a GPU: see the status table in README.md.
 """
 

@@ -1,4 +1,4 @@
-"""`route` and `route_logits`: logits, scores, decision and stable partition of all rows in one launch.
+"""`route` and `route_logits`: logits, scores, decision and stable partition of all rows in one launch (on AMD in two).
 
 Every program scores its rows; the last to arrive, whichever it is, writes the order of all of them from their scores.
 Tiles hang on the head alone, so that a row's results do not depend on its batch.
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from elang import checks
 from elang.reference import SCORES
-from elang.triton_kernels.common import ceil_div, dot, is_short, launch, on_device, power_of_two
+from elang.triton_kernels.common import LAST_PROGRAM_READS, ceil_div, dot, is_short, launch, on_device, power_of_two
 
 
 @triton.jit
@@ -130,7 +130,16 @@ def _write_order(score, order, n_routed, N, threshold, BLOCK: tl.constexpr):
     tl.store(n_routed, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
+def _order_kernel(score, order, n_routed, threshold, N, DEVICE_THRESHOLD: tl.constexpr, BLOCK_ORDER: tl.constexpr):
+    if DEVICE_THRESHOLD:
+        limit = tl.load(threshold)
+    else:
+        limit = threshold
+    _write_order(score, order, n_routed, N, limit, BLOCK_ORDER)
+
+
+@triton.jit(do_not_specialize=["N"])
 def _route_kernel(
     hidden,  # [N, H], or the logits [N, C] without a head
     stride_n,
@@ -152,6 +161,7 @@ def _route_kernel(
     HEAD: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     DEVICE_THRESHOLD: tl.constexpr,
+    LAST_READS: tl.constexpr,
     SCORE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -200,10 +210,11 @@ def _route_kernel(
             looked += tl.sum(tl.where((start + i < C)[None, :], tl.exp(p), 0.0), 1)
     tl.store(score + n, _finish(first, top, total, aux, looked, C, temperature, SCORE), mask=valid)
 
-    tl.debug_barrier()  # every thread's scores before the arrival
-    if tl.atomic_add(n_routed, 1, sem="acq_rel") == tl.num_programs(0) - 1:
-        tl.debug_barrier()
-        _write_order(score, order, n_routed, N, limit, BLOCK_ORDER)
+    if LAST_READS:
+        tl.debug_barrier()  # every thread's scores before the arrival
+        if tl.atomic_add(n_routed, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+            tl.debug_barrier()
+            _write_order(score, order, n_routed, N, limit, BLOCK_ORDER)
 
 
 def _launch(
@@ -222,7 +233,7 @@ def _launch(
     n_routed = hidden.new_zeros(1, dtype=torch.int32)
     if rows:
         block_c = power_of_two(classes, 16, 128 if weight is not None else 512)
-        block_n = 16 if weight is not None else power_of_two(2048 // block_c, 4, 64)
+        block_n = 16 if weight is not None else power_of_two(2048 // block_c, 4, 32)
         with on_device(hidden):
             launch(
                 _route_kernel,
@@ -230,15 +241,25 @@ def _launch(
                 *(hidden, *hidden.stride(), weight, *((0, 0) if weight is None else weight.stride())),
                 *(bias, 0 if bias is None else bias.stride(0), threshold),
                 *(logits, scores, order, n_routed, rows, width, classes, temperature),
+                num_warps=4 if weight is not None else 8,
                 HEAD=weight is not None,
                 HAS_BIAS=bias is not None,
                 DEVICE_THRESHOLD=isinstance(threshold, Tensor),
+                LAST_READS=LAST_PROGRAM_READS,
                 SCORE=SCORES[score],
                 BLOCK_N=block_n,
                 BLOCK_C=block_c,
                 BLOCK_H=64 if weight is not None and is_short(hidden, weight) else 32,
                 BLOCK_ORDER=1024,
             )
+            if not LAST_PROGRAM_READS:
+                launch(
+                    _order_kernel,
+                    (1,),
+                    *(scores, order, n_routed, threshold, rows),
+                    DEVICE_THRESHOLD=isinstance(threshold, Tensor),
+                    BLOCK_ORDER=1024,
+                )
     return scores, order, n_routed, logits
 
 

@@ -32,7 +32,7 @@ def _routed_count(n_routed, N):
     return count
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _gather_kernel(
     tensors,  # each [N, units]
     strides,
@@ -56,7 +56,7 @@ def _gather_kernel(
             tl.store(gathered[t] + slot.to(tl.int64) * units[t] + u, values, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "K"])
 def _merge_kernel(
     kept,  # [N, units]
     stride_kept,
@@ -82,7 +82,7 @@ def _merge_kernel(
     tl.store(merged + row * units + u, values, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "M"])
 def _extent_kernel(
     mask,  # [N, M]
     stride_n,

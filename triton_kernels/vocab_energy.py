@@ -1,8 +1,8 @@
-"""`vocab_energy`: the energy of rows over a vocabulary, a tile of logits at a time. One launch, one more for means.
+"""`vocab_energy`: the energy of rows over a vocabulary, a tile of logits at a time.
 
 Programs share the rows, and the vocabulary too where there are few rows. Each keeps an online maximum and sum for its
-rows; where several share a row block, the last of them to arrive combines their partial results in the order of the
-vocabulary, so that the bits do not depend on which is last.
+rows; where several share a row block, the last of them to arrive (on AMD, a second launch) combines their partial
+results in the order of the vocabulary, so that the bits do not depend on which is last.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from elang import checks
-from elang.triton_kernels.common import ceil_div, dot, is_short, launch, on_device
+from elang.triton_kernels.common import LAST_PROGRAM_READS, ceil_div, dot, is_short, launch, on_device
 from elang.triton_kernels.configs import gpu, vocab_config
 
 _NO_CLASS = tl.constexpr(2**31 - 1)
@@ -68,6 +68,50 @@ def _base(top):
 
 
 @triton.jit
+def _add(best, total, best_class, top, terms, top_class, per_unit):
+    """Takes up classes after those already seen: their maximum, the sum of exp((z - top) / T), and where top is."""
+    new_best = tl.maximum(best, top)
+    base = _base(new_best)
+    total = total * tl.exp((best - base) * per_unit) + terms * tl.exp((top - base) * per_unit)
+    return new_best, total, tl.where(top > best, top_class, best_class)
+
+
+@triton.jit
+def _combine(part_max, part_sum, part_argmax, slot, valid, tokens, splits, per_unit, BLOCK_N: tl.constexpr):
+    """Of all parts of the vocabulary, in its order."""
+    best = tl.full([BLOCK_N], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_N], tl.float32)
+    best_class = tl.zeros([BLOCK_N], tl.int32)
+    for part in range(0, splits):
+        at = tl.cast(part, tl.int64) * tokens + slot
+        # Written by other multiprocessors: from L2, past this one's own cache.
+        top = tl.load(part_max + at, mask=valid, other=0.0, cache_modifier=".cg")
+        terms = tl.load(part_sum + at, mask=valid, other=1.0, cache_modifier=".cg")
+        top_class = tl.load(part_argmax + at, mask=valid, other=0, cache_modifier=".cg")
+        best, total, best_class = _add(best, total, best_class, top, terms, top_class, per_unit)
+    return best, total, best_class
+
+
+@triton.jit
+def _rows_of(real, n_real, row_block, tokens, HAS_MASK: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Slots of a row block, which of them hold a token, and that token; past the last, the last one's."""
+    count = tokens
+    if HAS_MASK:
+        count = tl.load(n_real)
+    slot = row_block * BLOCK_N + tl.arange(0, BLOCK_N)
+    token = tl.minimum(slot, count - 1).to(tl.int64)
+    if HAS_MASK:
+        token = tl.load(real + tl.maximum(token, 0))
+    return slot, slot < count, token
+
+
+@triton.jit
+def _store(energy, argmax, token, valid, best, total, best_class, temperature):
+    tl.store(energy + token, best + temperature * tl.log(total), mask=valid)
+    tl.store(argmax + token, best_class.to(tl.int64), mask=valid)
+
+
+@triton.jit(do_not_specialize=["tokens", "M", "row_blocks", "splits"])
 def _vocab_energy_kernel(
     hidden,  # [B, M, H]
     stride_b,
@@ -96,6 +140,7 @@ def _vocab_energy_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_MASK: tl.constexpr,
     SPLIT: tl.constexpr,
+    LAST_READS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -105,17 +150,9 @@ def _vocab_energy_kernel(
     # Neighbours read the same part of the head, for different rows: it comes from memory once.
     row_block = tl.program_id(0) % row_blocks
     split = tl.program_id(0) // row_blocks
-    count = tokens
-    if HAS_MASK:
-        count = tl.load(n_real)
-    if row_block * BLOCK_N >= count:
+    slot, valid, token = _rows_of(real, n_real, row_block, tokens, HAS_MASK, BLOCK_N)
+    if tl.max(valid.to(tl.int32), 0) == 0:
         return
-
-    slot = row_block * BLOCK_N + tl.arange(0, BLOCK_N)
-    valid = slot < count
-    token = tl.minimum(slot, count - 1).to(tl.int64)
-    if HAS_MASK:
-        token = tl.load(real + token)
     hidden_row = hidden + (token // M) * stride_b + (token % M) * stride_m
 
     per_unit = 1.0 / temperature
@@ -148,30 +185,41 @@ def _vocab_energy_kernel(
         tl.store(part_max + at, best, mask=valid)
         tl.store(part_sum + at, total, mask=valid)
         tl.store(part_argmax + at, best_class, mask=valid)
-        tl.debug_barrier()  # every thread's partial results before the arrival
-        if tl.atomic_add(arrived + row_block, 1, sem="acq_rel") != splits - 1:
-            return
-        tl.debug_barrier()
-        best = tl.full([BLOCK_N], float("-inf"), tl.float32)
-        total = tl.zeros([BLOCK_N], tl.float32)
-        best_class = tl.zeros([BLOCK_N], tl.int32)
-        for part in range(0, splits):
-            at = tl.cast(part, tl.int64) * tokens + slot
-            # Written by other multiprocessors: from L2, past this one's own cache.
-            top = tl.load(part_max + at, mask=valid, other=0.0, cache_modifier=".cg")
-            terms = tl.load(part_sum + at, mask=valid, other=1.0, cache_modifier=".cg")
-            top_class = tl.load(part_argmax + at, mask=valid, other=0, cache_modifier=".cg")
-            best_class = tl.where(top > best, top_class, best_class)
-            new_best = tl.maximum(best, top)
-            base = _base(new_best)
-            total = total * tl.exp((best - base) * per_unit) + terms * tl.exp((top - base) * per_unit)
-            best = new_best
-
-    tl.store(energy + token, best + temperature * tl.log(total), mask=valid)
-    tl.store(argmax + token, best_class.to(tl.int64), mask=valid)
+        if LAST_READS:
+            tl.debug_barrier()  # every thread's partial results before the arrival
+            if tl.atomic_add(arrived + row_block, 1, sem="acq_rel") == splits - 1:
+                tl.debug_barrier()
+                best, total, best_class = _combine(
+                    part_max, part_sum, part_argmax, slot, valid, tokens, splits, per_unit, BLOCK_N
+                )
+                _store(energy, argmax, token, valid, best, total, best_class, temperature)
+    else:
+        _store(energy, argmax, token, valid, best, total, best_class, temperature)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "splits"])
+def _combine_kernel(
+    part_max,  # [SPLITS, B * M] float32
+    part_sum,  # [SPLITS, B * M] float32
+    part_argmax,  # [SPLITS, B * M] int32
+    real,  # [B * M] int64
+    n_real,  # [1] int32
+    energy,  # [B * M] float32
+    argmax,  # [B * M] int64
+    tokens,
+    splits,
+    temperature,
+    HAS_MASK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    slot, valid, token = _rows_of(real, n_real, tl.program_id(0), tokens, HAS_MASK, BLOCK_N)
+    best, total, best_class = _combine(
+        part_max, part_sum, part_argmax, slot, valid, tokens, splits, 1.0 / temperature, BLOCK_N
+    )
+    _store(energy, argmax, token, valid, best, total, best_class, temperature)
+
+
+@triton.jit(do_not_specialize=["M"])
 def _mean_kernel(
     energy,  # [B, M] float32
     mask,  # [B, M]
@@ -229,7 +277,8 @@ def _energies(
     kind, multiprocessors = gpu(hidden.device)
     # Otherwise every element is a load of its own, whose address takes registers that a large tile does not leave.
     in_vectors = width % 64 == 0 and all(
-        t.stride(-1) == 1 and all(stride % 16 == 0 for stride in t.stride()[:-1]) for t in (hidden, weight)
+        t.data_ptr() % 16 == 0 and t.stride(-1) == 1 and all(stride % 16 == 0 for stride in t.stride()[:-1])
+        for t in (hidden, weight)
     )
     config = vocab_config(kind, in_vectors and is_short(hidden, weight), tokens, bias is not None)
     row_blocks = ceil_div(tokens, config.BLOCK_N)
@@ -238,24 +287,34 @@ def _energies(
     parts = hidden.new_empty((3, splits, tokens) if splits > 1 else (3, 0), dtype=torch.float32)
     arrived = hidden.new_zeros(row_blocks, dtype=torch.int32)
     stride_m = hidden.stride(1) if hidden.dim() == 3 else 0
+    partial = parts[0], parts[1], parts[2].view(torch.int32)
     launch(
         _vocab_energy_kernel,
         (row_blocks * splits,),
         *(hidden, hidden.stride(0), stride_m, hidden.stride(-1)),
         *(weight, *weight.stride(), bias, 0 if bias is None else bias.stride(0), real, n_real),
-        *(parts[0], parts[1], parts[2].view(torch.int32), arrived, energy, argmax),
+        *(*partial, arrived, energy, argmax),
         *(tokens, shape[1] if len(shape) == 2 else 1, width, classes, row_blocks, splits, temperature),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         HAS_BIAS=bias is not None,
         HAS_MASK=mask is not None,
         SPLIT=splits > 1,
+        LAST_READS=LAST_PROGRAM_READS,
         BLOCK_N=config.BLOCK_N,
         BLOCK_C=config.BLOCK_C,
         BLOCK_H=config.BLOCK_H,
         EVEN_H=width % config.BLOCK_H == 0,
         CLASSES_FIRST=config.CLASSES_FIRST,
     )
+    if splits > 1 and not LAST_PROGRAM_READS:
+        launch(
+            _combine_kernel,
+            (row_blocks,),
+            *(*partial, real, n_real, energy, argmax, tokens, splits, temperature),
+            HAS_MASK=mask is not None,
+            BLOCK_N=config.BLOCK_N,
+        )
     return energy, argmax
 
 
