@@ -1,102 +1,232 @@
-"""Which rows Super sees, and how its answers get back."""
+"""Which rows Super sees, and how its answers get back: the modes of dispatch.
+
+| mode | Super's batch | host reads | for |
+|---|---|---|---|
+| `exact` | exactly the routed rows | one, of 8 bytes | eager |
+| `bucket` | their number rounded up to one of a few sizes | the same one | `torch.compile`: few shapes |
+| `capacity` | a fixed number of rows | none | one graph: `fullgraph=True`, export, CUDA-graph capture |
+"""
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_left
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from elang import host_read, ops
-from elang.backbones import logits_of
-from elang.reference import Route
+from elang.reference import Route, partition
+from elang.stats import Counts
+from elang.super_model import Reply, SuperModel, rows_of
 
 SuperInputs = Callable[[dict[str, Any], Tensor], Mapping[str, Any]]
+
+# Powers of two, and from 8 on the sizes half way: on a GPU 8 rows cost about twice as much as 1, and from there on time
+# goes with rows.
+BUCKETS = (1, 2, 4, 8, *(size for power in range(4, 13) for size in (3 * 2 ** (power - 2), 2**power)))
 
 
 class Routing(NamedTuple):
     """What a joint model decided about a batch of N rows."""
 
     score: Tensor  # [N] float32, Swift's confidence
-    order: Tensor  # [N] int64, the rows that went to Super first, each part in input order
+    order: Tensor  # [N] int64, the routed rows first, each part in input order
     n_routed: Tensor  # [1] int32
-    overflow: Tensor | None  # [1] int32, rows that Super had no room for; None: the mode has room for all
-    degraded: Tensor | None  # [N] bool, which rows these are; None: the mode has room for all
+    overflow: Tensor | None  # [1] int32, routed rows that Super had no room for; None: the mode has room for all
+    degraded: Tensor | None  # [N] bool, routed rows that Swift answers, for want of room or of Super; None: none can be
     mode: str  # the dispatch mode, and "+route_logits" where Swift's head could not be taken over
 
 
-def exact(
-    route: Route,
-    super_: Callable[..., Any],
-    inputs: dict[str, Any],
-    *,
-    super_inputs: SuperInputs | None = None,
-    trim: bool = True,
-    super_device: torch.device | None = None,
-) -> tuple[Tensor, Any]:
-    """Call Super once, on exactly the routed rows, and put its logits in their places.
+@dataclass(frozen=True)
+class Plan:
+    """What a mode needs to know beside the batch."""
 
-    Tensors in `inputs` whose first dimension is N are row tensors; whatever else is there passes as it is. With
-    `trim` the trailing columns that `attention_mask` [N, M] hides in every routed row are cut from all inputs whose
-    second dimension is M. Nothing routed: Super is not called. Everything routed: the inputs are not copied. One host
-    read, of 8 bytes: see `elang.host_read`.
+    super_: SuperModel
+    super_inputs: SuperInputs | None = None  # makes Super's inputs from all inputs and the rows [K] it is to see
+    trim: bool = True
+    buckets: tuple[int, ...] = BUCKETS
+    capacity: int | float | None = None  # rows, or a share of the batch
+    counts: Counts | None = None
 
-    Args:
-        route: Swift's decision; its logits are in Super's label order.
-        super_: takes keyword inputs, returns logits in one of the forms of `elang.backbones.logits_of`.
-        super_inputs: makes Super's inputs from all inputs and the routed rows [n_routed] int64, in place of gathering
-            and trimming.
-        super_device: where Super's inputs are sent; the logits come back to Swift's device.
 
-    Returns:
-        The logits [N, C], in Super's dtype if it was called, and what Super returned (None if it was not).
+class Answer(NamedTuple):
+    logits: Tensor  # [N, C], in Super's dtype if it was called
+    output: Any  # what Super returned; None if it was not called
+    overflow: Tensor | None = None  # as in Routing
+    degraded: Tensor | None = None
 
-    Raises:
-        ValueError: Super's logits are not [n_routed, C].
-    """
-    rows, classes = route.logits.shape
-    mask = inputs.get("attention_mask") if trim and super_inputs is None else None
+
+class Count(NamedTuple):
+    """What the host reads before it calls Super, and what it makes of it: a compiler is to see no comparison of counts,
+    each of whose outcomes would be a graph of its own."""
+
+    n_routed: int
+    size: int  # rows of Super's batch: the routed ones, then copies of the last of them
+    at_once: int | None  # of these, how many in a call of Super; None: all
+    everything: bool  # the batch is all rows in their order, nothing else
+    length: int | None  # columns of the inputs that a routed row needs; None: nothing is trimmed
+
+
+class Mode(NamedTuple):
+    run: Callable[..., Answer]  # of (route, inputs, plan, count); the count is None without sizes
+    sizes: Callable[[int, Plan], tuple[int, int]] | None = None  # `size` and `at_once` of so many routed rows
+
+
+@torch.compiler.disable(  # type: ignore[no-untyped-call, untyped-decorator]
+    reason="the number of routed rows is read on the host; dispatch='capacity' reads none"
+)
+def read(mode: Mode, route: Route, inputs: dict[str, Any], plan: Plan) -> Count:
+    """The one host read of a batch, of 8 bytes: see `elang.host_read`."""
+    rows = route.order.shape[0]
+    mask = inputs.get("attention_mask") if plan.trim and plan.super_inputs is None else None
     if not isinstance(mask, Tensor) or mask.dim() != 2 or len(mask) != rows:
         mask = None
     n_routed, length = host_read.routed_extent(route.order, route.n_routed, mask)
+    assert mode.sizes is not None, "a mode that counts"
+    size, at_once = mode.sizes(n_routed, plan)
+    one_call, everything = at_once == size, n_routed == size == rows  # the order of all rows is the identity
+    if plan.counts is not None:
+        plan.counts.add(rows, n_routed, size)
+    if mask is not None:
+        columns = mask.shape[1]
+        # No routed row has a token: all of it stays. A single column is a shape of its own to a compiler.
+        length = min(max(length, 2), columns) if length else columns
+    return Count(n_routed, size, None if one_call else at_once, everything, None if mask is None else length)
+
+
+def counted(route: Route, inputs: dict[str, Any], plan: Plan, count: Count) -> Answer:
+    """Call Super on the routed rows and put its logits in their places: `exact` and `bucket`.
+
+    Tensors in `inputs` whose first dimension is N are row tensors; whatever else is there passes as it is. With trim
+    the trailing columns that `attention_mask` [N, M] hides in every routed row are cut from all inputs whose second
+    dimension is M. Nothing routed: Super is not called. Everything routed: the inputs are not copied. More rows than
+    the largest bucket: Super is called on as many batches of that size as they fill.
+
+    Args:
+        route: Swift's decision; its logits are in Super's label order.
+
+    Raises:
+        ValueError: Super's logits are not [rows, C].
+    """
+    if count.size == 0:
+        return Answer(route.logits, None)
+    if count.length is not None:
+        inputs = _trimmed(inputs, inputs["attention_mask"].shape[1], count.length)
+    as_they_are = count.everything and plan.super_inputs is None
+    routed = inputs if as_they_are else _gathered(route, inputs, plan, count.size)
+    reply = _reply(route, routed, plan, count.size, count.at_once)
+    if reply.logits is None:
+        if plan.counts is not None:
+            plan.counts.add_failed(count.n_routed)
+        return Answer(route.logits, None, None, _first(route.order, route.n_routed))
+    if count.everything:
+        return Answer(reply.logits, reply.output)
+    return Answer(ops.merge_rows(route.logits, reply.logits, route.order, route.n_routed), reply.output)
+
+
+def capacity(route: Route, inputs: dict[str, Any], plan: Plan, count: None = None) -> Answer:
+    """Call Super on a fixed number K of rows, whatever is routed. No host read, every shape static, nothing trimmed.
+
+    More routed than K: rows whose score is not finite go first, then the others from the lowest score up; Swift answers
+    the rest, which `overflow` counts and `degraded` names. Fewer: copies of a row fill up.
+    """
+    rows = route.order.shape[0]
+    room = capacity_of(plan.capacity, rows)
+    # Of a share this is known without the rows, whose number export may not know.
+    for_all = plan.capacity == 1 if isinstance(plan.capacity, float) else room >= rows
+    routed = _first(route.order, route.n_routed)
+    order, n_routed = (route.order, route.n_routed) if for_all else _worst(route.score, routed, room)
+    overflow, degraded = route.n_routed - n_routed, routed & ~_first(order, n_routed)
+    chosen = route._replace(order=order, n_routed=n_routed)
+    reply = _reply(chosen, _gathered(chosen, inputs, plan, room), plan, room) if room else Reply(route.logits, None)
+    failed = None if reply.logits is not None else n_routed
+    if plan.counts is not None:
+        plan.counts.add_on_device(rows, route.n_routed, overflow, failed)
+    if reply.logits is None or room == 0:
+        return Answer(route.logits, None, overflow, degraded if failed is None else routed)
+    return Answer(ops.merge_rows(route.logits, reply.logits, order, n_routed), reply.output, overflow, degraded)
+
+
+MODES = {
+    "exact": Mode(counted, lambda n_routed, plan: (n_routed, n_routed)),
+    "bucket": Mode(counted, lambda n_routed, plan: bucket_of(n_routed, plan.buckets)),
+    "capacity": Mode(capacity),
+}
+
+
+def choose() -> str:
+    """What `auto` stands for here: no host read where there can be none, few shapes for a compiler, else `exact`."""
+    if torch.compiler.is_exporting() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+        return "capacity"
+    return "bucket" if torch.compiler.is_compiling() else "exact"
+
+
+def bucket_of(n_routed: int, buckets: tuple[int, ...]) -> tuple[int, int]:
+    """The least bucket that holds them, at once; past the largest, as many batches of that size as they fill."""
     if n_routed == 0:
-        return route.logits, None
-
-    if super_inputs is not None:
-        routed = super_inputs(inputs, route.order[:n_routed])
-    else:
-        routed = inputs if mask is None else _trimmed(inputs, mask.shape[1], length)
-        if n_routed < rows:
-            routed = _gathered(routed, route, n_routed)
-    if super_device is not None:
-        routed = {name: v.to(super_device) if isinstance(v, Tensor) else v for name, v in routed.items()}
-
-    output = super_(**routed)
-    logits = logits_of(output)
-    if logits.shape != (n_routed, classes):
-        raise ValueError(f"super_: got logits {list(logits.shape)} for {n_routed} rows, wanted [{n_routed}, {classes}]")
-    logits = logits.to(route.logits.device)
-    # With every row routed the order is the identity.
-    return (logits if n_routed == rows else ops.merge_rows(route.logits, logits, route.order, route.n_routed)), output
+        return 0, 0
+    at_once = buckets[min(bisect_left(buckets, n_routed), len(buckets) - 1)]
+    return -(-n_routed // at_once) * at_once, at_once
 
 
-MODES = {"exact": exact}
+def capacity_of(capacity: int | float | None, rows: int) -> int:
+    """K of a batch of `rows`: at most all of them, and of a share at least that."""
+    if capacity is None:
+        raise ValueError(
+            "capacity: got None, wanted a number of rows or a share of the batch: this mode reads no count"
+        )
+    if isinstance(capacity, int):
+        return min(capacity, rows)
+    share = Fraction(str(capacity))  # 0.1 of 30 rows is 3, not 4; and whole numbers are what export can reason about
+    return (rows * share.numerator + share.denominator - 1) // share.denominator
+
+
+def _reply(route: Route, inputs: Mapping[str, Any], plan: Plan, rows: int, at_once: int | None = None) -> Reply:
+    """Super's answers to a batch of `rows`, `at_once` in a call."""
+    classes, home = route.logits.shape[1], route.logits.device
+    if at_once is None:
+        return plan.super_(inputs, rows, classes, home)
+    replies = [
+        plan.super_(rows_of(inputs, rows, begin, begin + at_once), at_once, classes, home)
+        for begin in range(0, rows, at_once)
+    ]
+    logits = [reply.logits for reply in replies if reply.logits is not None]
+    return Reply(torch.cat(logits) if len(logits) == len(replies) else None, replies[0].output)
+
+
+def _first(order: Tensor, count: Tensor) -> Tensor:
+    """[N] bool: the rows order[:count]."""
+    slots = torch.arange(order.shape[0], device=order.device)
+    return torch.zeros_like(order, dtype=torch.bool).scatter(0, order, slots < count)
+
+
+def _worst(score: Tensor, routed: Tensor, room: int) -> tuple[Tensor, Tensor]:
+    """The partition that sends at most `room` of the routed rows: not finite, then the lowest scores, ties in order."""
+    by_score = torch.argsort(score.where(score.isfinite(), -math.inf), stable=True)
+    by_need = by_score[torch.argsort((~routed)[by_score].to(torch.uint8), stable=True)]
+    within = torch.arange(routed.shape[0], device=routed.device) < room
+    return partition(~(torch.zeros_like(routed).scatter(0, by_need, within) & routed))
 
 
 def _trimmed(inputs: dict[str, Any], columns: int, length: int) -> dict[str, Any]:
     """The first `length` columns of every input that has `columns` of them, as views."""
-    if not 0 < length < columns:
-        return inputs
     return {
         name: v[:, :length] if isinstance(v, Tensor) and v.dim() > 1 and v.shape[1] == columns else v
         for name, v in inputs.items()
     }
 
 
-def _gathered(inputs: dict[str, Any], route: Route, n_routed: int) -> dict[str, Any]:
-    """The routed rows of every row tensor, all copied in one call."""
-    rows = len(route.order)
-    names = [name for name, v in inputs.items() if isinstance(v, Tensor) and v.dim() > 0 and len(v) == rows]
-    gathered = ops.gather_rows([inputs[name] for name in names], route.order, route.n_routed, n_routed)
+def _gathered(route: Route, inputs: dict[str, Any], plan: Plan, size: int) -> Mapping[str, Any]:
+    """Super's inputs for `size` rows, the routed ones and copies of the last: every row tensor copied in one call."""
+    rows = route.order.shape[0]
+    if plan.super_inputs is not None:
+        (padded,) = ops.gather_rows([torch.arange(rows, device=route.order.device)], route.order, route.n_routed, size)
+        return plan.super_inputs(inputs, padded)
+    names = [name for name, v in inputs.items() if isinstance(v, Tensor) and v.dim() > 0 and v.shape[0] == rows]
+    gathered = ops.gather_rows([inputs[name] for name in names], route.order, route.n_routed, size)
     return {**inputs, **dict(zip(names, gathered, strict=True))}

@@ -6,7 +6,7 @@ import copy
 import json
 import math
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,12 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils.generic import ModelOutput
 
 from elang import backbones
-from elang.dispatch import MODES, Routing, SuperInputs
+from elang import dispatch as modes
+from elang.dispatch import BUCKETS, MODES, Plan, Routing, SuperInputs
 from elang.reference import Route
 from elang.router import Router
+from elang.stats import Counts, Stats
+from elang.super_model import ON_ERROR, OnError, SuperModel
 
 LabelMap = Mapping[str | int, str | int]
 
@@ -34,24 +37,30 @@ class JointClassifier(nn.Module):
     The answer is of Super's output class: `logits` [N, C] in input order and Super's label order, `loss`
     (cross-entropy on these logits) if `labels` are given, and `.routing` (a `Routing`) as a plain attribute. For
     inference only: no gradients, and both models have to be in eval mode. Neither model is changed, nor moved; many
-    joints and threads may share them. Swift is split at its head here, once: give it its adapters, hooks or
-    `torch.compile` before.
+    joints and threads may share them. Swift is split at its head and Super taken here, once: give them their adapters,
+    hooks or `torch.compile` before.
 
     Args:
         swift: a Hugging Face sequence classifier, a model known to `register_backbone`, or any callable that returns
             logits.
         super_: any callable that takes the same keyword inputs (or those of `super_inputs`) and returns logits.
         router: score and threshold; moved to Swift's device.
-        dispatch: one of `elang.dispatch.MODES`.
+        dispatch: one of `elang.dispatch.MODES`, or "auto": `capacity` under export and graph capture, `bucket` under
+            torch.compile, else `exact`. `.routing.mode` says which ran.
+        capacity: of `capacity` mode: rows that Super sees in every batch (int), or their share of the batch (float).
+        buckets: of `bucket` mode: the sizes of Super's batches, ascending.
         super_inputs: `super_inputs(inputs: dict, rows: LongTensor) -> dict` builds Super's inputs for the routed
             rows, where they are not Swift's (another tokenizer, say). `rows` is [n_routed] int64.
         label_map: Swift's label -> Super's label, by name or by class number, for all labels. Needed unless both
             models carry the same label names, whose order and case may differ.
         trim: cut trailing padding that no routed row needs; False for a Super that looks past `attention_mask`.
         super_device: where Super's inputs are sent, if Super is not on Swift's device.
+        on_super_error: "raise", or "swift": rows whose Super fails keep Swift's answer, are marked in
+            `.routing.degraded`, counted in `.stats` and logged. Out of memory is tried once more in halves before.
+        super_timeout: seconds after which a call of Super has failed; None: never.
 
     Raises:
-        ValueError: unknown dispatch mode, multi-label or regression head, labels that do not match.
+        ValueError: unknown dispatch mode or setting, multi-label or regression head, labels that do not match.
     """
 
     swift: Any
@@ -68,24 +77,40 @@ class JointClassifier(nn.Module):
         label_map: LabelMap | None = None,
         trim: bool = True,
         super_device: torch.device | str | None = None,
+        *,
+        capacity: int | float | None = None,
+        buckets: Sequence[int] = BUCKETS,
+        on_super_error: OnError = "raise",
+        super_timeout: float | None = None,
     ) -> None:
         super().__init__()
-        if dispatch not in MODES:
-            raise ValueError(f"dispatch: got {dispatch!r}, wanted one of {', '.join(MODES)}")
+        _check_dispatch(dispatch, capacity, buckets)
+        if on_super_error not in ON_ERROR:
+            raise ValueError(f"on_super_error: got {on_super_error!r}, wanted one of {', '.join(ON_ERROR)}")
+        if super_timeout is not None and not super_timeout > 0:
+            raise ValueError(f"super_timeout: got {super_timeout!r}, wanted None or seconds > 0")
         _refuse_other_heads(swift, "swift")
         _refuse_other_heads(super_, "super_")
         self.swift = swift
         self.super_ = super_
         self.dispatch = dispatch
-        self.super_inputs = super_inputs
-        self.trim = trim
-        self.super_device = None if super_device is None else torch.device(super_device)
+        self.counts = Counts()
+        device = None if super_device is None else torch.device(super_device)
+        self.plan = Plan(
+            SuperModel(super_, device, on_super_error, super_timeout),
+            super_inputs,
+            trim,
+            tuple(buckets),
+            capacity,
+            self.counts,
+        )
         self.backbone = backbones.find(swift)
         self.router = router
         head = self.backbone.head
         router.to(self.device if head is None else head.weight.device)
 
         columns = _swift_columns(swift, super_, label_map)
+        self.counts.to(router.threshold.device)
         permutation = None if columns == sorted(columns) else torch.tensor(columns, device=router.threshold.device)
         self.register_buffer("_permutation", permutation, persistent=False)
         self.label_map = label_map
@@ -133,15 +158,12 @@ class JointClassifier(nn.Module):
         }
         inputs = {name: value for name, value in {**named, **inputs}.items() if value is not None}
 
-        route = self._route(inputs)
-        logits, output = MODES[self.dispatch](
-            route,
-            self.super_,
-            inputs,
-            super_inputs=self.super_inputs,
-            trim=self.trim,
-            super_device=self.super_device,
-        )
+        mode = modes.choose() if self.dispatch == "auto" else self.dispatch
+        route = self.decide(inputs)
+        of_mode = MODES[mode]
+        # Read here and nowhere deeper: this is where a compiled joint model breaks its graph, in two and no more.
+        count = None if of_mode.sizes is None else modes.read(of_mode, route, inputs, self.plan)
+        logits, output, overflow, degraded = of_mode.run(route, inputs, self.plan, count)
         # One dtype whoever answered: under autocast Super answers in another than its own.
         logits = logits.to(self.dtype)
         loss = None if labels is None else F.cross_entropy(logits, labels.to(logits.device).view(-1))
@@ -149,11 +171,11 @@ class JointClassifier(nn.Module):
         answer = output_class(loss=loss, logits=logits)
         if return_dict is False:
             return answer.to_tuple()
-        mode = self.dispatch if self.backbone.head is not None else f"{self.dispatch}+route_logits"
-        answer.routing = Routing(route.score, route.order, route.n_routed, None, None, mode)
+        mode = mode if self.backbone.head is not None else f"{mode}+route_logits"
+        answer.routing = Routing(route.score, route.order, route.n_routed, overflow, degraded, mode)
         return answer
 
-    def _route(self, inputs: dict[str, Any]) -> Route:
+    def decide(self, inputs: dict[str, Any]) -> Route:
         """Swift's decision about every row, its logits in Super's label order."""
         hidden, head = backbones.logits_of(self.backbone.run(**inputs)), self.backbone.head
         if head is None:
@@ -166,6 +188,11 @@ class JointClassifier(nn.Module):
                 "its forward does more after the head than to pick positions, see elang.register_backbone"
             )
         return route if self._permutation is None else route._replace(logits=route.logits[:, self._permutation])
+
+    @property
+    def stats(self) -> Stats:
+        """What has been answered so far, by whom. Synchronizes: yes; nothing that counts does."""
+        return self.counts.read()
 
     @property
     def device(self) -> torch.device:
@@ -204,9 +231,13 @@ class JointClassifier(nn.Module):
             "joint": {
                 "dispatch": self.dispatch,
                 "label_map": None if self.label_map is None else list(self.label_map.items()),
-                "trim": self.trim,
+                "trim": self.plan.trim,
+                "capacity": self.plan.capacity,
+                "buckets": self.plan.buckets,
+                "on_super_error": self.plan.super_.on_error,
+                "super_timeout": self.plan.super_.timeout,
             },
-            "super_inputs": self.super_inputs is not None,
+            "super_inputs": self.plan.super_inputs is not None,
         }
         text = json.dumps(settings, indent=2) + "\n"
         self.swift.save_pretrained(folder / "swift", **kwargs)
@@ -240,6 +271,23 @@ class JointClassifier(nn.Module):
         )
         router["threshold"] = float(router["threshold"])
         return cls(swift, super_, Router(**router), super_inputs=super_inputs, super_device=super_device, **joint)
+
+
+def _check_dispatch(dispatch: str, capacity: int | float | None, buckets: Sequence[int]) -> None:
+    known = ("auto", *MODES)
+    if dispatch not in known:
+        raise ValueError(f"dispatch: got {dispatch!r}, wanted one of {', '.join(known)}")
+    if capacity is None:
+        if dispatch == "capacity":
+            raise ValueError("capacity: got None, wanted the rows or the share of the batch that Super is to see")
+    elif dispatch not in ("auto", "capacity"):
+        raise ValueError(f"capacity: got {capacity} with dispatch={dispatch!r}, wanted it with 'capacity' or 'auto'")
+    elif capacity < 0 or (isinstance(capacity, float) and not capacity <= 1):
+        raise ValueError(f"capacity: got {capacity}, wanted rows (int) or a share of the batch (0.0 to 1.0)")
+    if not buckets or list(buckets) != sorted(set(buckets)) or buckets[0] < 1:
+        raise ValueError(f"buckets: got {tuple(buckets)}, wanted sizes >= 1, ascending")
+    if tuple(buckets) != BUCKETS and dispatch not in ("auto", "bucket"):
+        raise ValueError(f"buckets: got some with dispatch={dispatch!r}, wanted them with 'bucket' or 'auto'")
 
 
 def _parameters(model: Any) -> Iterator[Tensor]:

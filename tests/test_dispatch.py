@@ -9,7 +9,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from elang import dispatch, host_read, ops
+from elang.dispatch import Plan
 from elang.reference import Route
+from elang.super_model import SuperModel
 
 LENGTHS = (9, 3, 5, 1, 7, 2)
 
@@ -27,6 +29,14 @@ class Recorder:
         return self.form(torch.cat([first, -first], dim=1))
 
 
+def exact(route: Route, super_: Any, inputs: dict[str, Any], **settings: Any) -> tuple[Tensor, Any]:
+    plan = Plan(SuperModel(super_, settings.pop("super_device", None)), **settings)
+    mode = dispatch.MODES["exact"]
+    answer = mode.run(route, inputs, plan, dispatch.read(mode, route, inputs, plan))
+    assert answer.overflow is answer.degraded is None
+    return answer.logits, answer.output
+
+
 def decide(*routed: int, rows: int = len(LENGTHS)) -> Route:
     """A decision that sends exactly these rows to Super."""
     logits = torch.stack([torch.arange(rows) + 1.0, torch.zeros(rows)], dim=1)
@@ -41,7 +51,7 @@ def routed_rows(value: Tensor, *rows: int, length: int = tiny_models.LENGTH) -> 
 @pytest.mark.parametrize("routed", [(0,), (5,), (1, 3, 5), (0, 2, 4), (0, 1, 2, 3, 4)])
 def test_super_sees_exactly_the_routed_rows_and_every_row_gets_one_answer(routed):
     route, inputs, super_ = decide(*routed), tiny_models.inputs(LENGTHS), Recorder()
-    logits, output = dispatch.exact(route, super_, inputs)
+    logits, output = exact(route, super_, inputs)
     (seen,) = super_.calls
     length = max(LENGTHS[row] for row in routed)
     assert {name: value.tolist() for name, value in seen.items()} == {
@@ -56,7 +66,7 @@ def test_super_sees_exactly_the_routed_rows_and_every_row_gets_one_answer(routed
 
 def test_nothing_routed_does_not_call_super():
     route, super_ = decide(), Recorder()
-    logits, output = dispatch.exact(route, super_, tiny_models.inputs(LENGTHS))
+    logits, output = exact(route, super_, tiny_models.inputs(LENGTHS))
     assert super_.calls == []
     assert logits is route.logits
     assert output is None
@@ -65,7 +75,7 @@ def test_nothing_routed_does_not_call_super():
 @pytest.mark.parametrize("lengths", [LENGTHS, (2, 3, 5, 1, 4, 2)])
 def test_everything_routed_passes_the_inputs_uncopied(lengths):
     inputs, super_ = tiny_models.inputs(lengths), Recorder()
-    logits, output = dispatch.exact(decide(*range(6)), super_, inputs)
+    logits, output = exact(decide(*range(6)), super_, inputs)
     (seen,) = super_.calls
     for name, value in inputs.items():
         assert seen[name].data_ptr() == value.data_ptr()
@@ -75,7 +85,7 @@ def test_everything_routed_passes_the_inputs_uncopied(lengths):
 
 def test_an_empty_batch():
     inputs = {name: value[:0] for name, value in tiny_models.inputs(LENGTHS).items()}
-    logits, output = dispatch.exact(decide(rows=0), Recorder(), inputs)
+    logits, output = exact(decide(rows=0), Recorder(), inputs)
     assert logits.shape == (0, 2)
     assert output is None
 
@@ -104,7 +114,7 @@ def test_an_empty_batch():
 )
 def test_only_trailing_columns_that_the_mask_hides_in_every_routed_row_are_cut(change, length):
     inputs, super_ = change(tiny_models.inputs(LENGTHS)), Recorder()
-    dispatch.exact(decide(1, 2), super_, inputs)
+    exact(decide(1, 2), super_, inputs)
     (seen,) = super_.calls
     assert torch.equal(seen["input_ids"], routed_rows(inputs["input_ids"], 1, 2, length=length))
     mask = inputs.get("attention_mask")
@@ -118,13 +128,13 @@ def test_a_hole_in_the_mask_is_not_a_trailing_column():
     inputs = tiny_models.inputs(LENGTHS)
     inputs["attention_mask"][2, 1:4] = 0
     super_ = Recorder()
-    dispatch.exact(decide(1, 2), super_, inputs)
+    exact(decide(1, 2), super_, inputs)
     assert super_.calls[0]["input_ids"].shape == (2, 5)
 
 
 def test_trim_off():
     super_ = Recorder()
-    dispatch.exact(decide(1, 2), super_, tiny_models.inputs(LENGTHS), trim=False)
+    exact(decide(1, 2), super_, tiny_models.inputs(LENGTHS), trim=False)
     assert super_.calls[0]["input_ids"].shape == (2, 9)
 
 
@@ -140,7 +150,7 @@ def test_which_inputs_are_gathered_and_which_are_trimmed():
         **flags,
     }
     super_ = Recorder()
-    dispatch.exact(decide(1, 2), super_, inputs)
+    exact(decide(1, 2), super_, inputs)
     (seen,) = super_.calls
     assert list(seen) == list(inputs)
     assert torch.equal(seen["position_ids"], inputs["position_ids"][:, :5])
@@ -160,7 +170,7 @@ def test_trimmed_columns_are_never_copied(monkeypatch):
         return gather_rows(tensors, *args)
 
     monkeypatch.setattr(ops, "gather_rows", spy)
-    dispatch.exact(decide(1, 2), Recorder(), tiny_models.inputs(LENGTHS))
+    exact(decide(1, 2), Recorder(), tiny_models.inputs(LENGTHS))
     assert gathered == [[(6, 5), (6, 5)]]
 
 
@@ -172,7 +182,7 @@ def test_super_inputs_own_gathering_and_trimming():
         seen.append((inputs, rows))
         return {"input_ids": inputs["input_ids"][rows] + 1}
 
-    logits, _ = dispatch.exact(decide(4, 2), super_, inputs, super_inputs=super_inputs)
+    logits, _ = exact(decide(4, 2), super_, inputs, super_inputs=super_inputs)
     ((given, rows),) = seen
     assert given is inputs
     assert rows.tolist() == [2, 4]
@@ -188,7 +198,7 @@ def test_inputs_are_sent_to_super_s_device(routed):
         devices.extend(value.device.type for value in inputs.values())
         return torch.zeros(len(routed), 2)
 
-    dispatch.exact(decide(*routed), super_, tiny_models.inputs(LENGTHS), super_device=torch.device("meta"))
+    exact(decide(*routed), super_, tiny_models.inputs(LENGTHS), super_device=torch.device("meta"))
     assert devices == ["meta", "meta"]
 
 
@@ -198,8 +208,8 @@ def test_inputs_are_sent_to_super_s_device(routed):
 )
 def test_the_forms_super_may_answer_in(form):
     inputs = tiny_models.inputs(LENGTHS)
-    logits, output = dispatch.exact(decide(1, 2), Recorder(form), inputs)
-    want, _ = dispatch.exact(decide(1, 2), Recorder(), inputs)
+    logits, output = exact(decide(1, 2), Recorder(form), inputs)
+    want, _ = exact(decide(1, 2), Recorder(), inputs)
     assert torch.equal(logits, want)
     assert not isinstance(output, Tensor)
 
@@ -207,20 +217,20 @@ def test_the_forms_super_may_answer_in(form):
 @pytest.mark.parametrize("routed", [(1, 2), tuple(range(6))])
 def test_logits_are_in_super_s_dtype(routed):
     super_ = Recorder(lambda logits: logits.bfloat16())
-    logits, _ = dispatch.exact(decide(*routed), super_, tiny_models.inputs(LENGTHS))
+    logits, _ = exact(decide(*routed), super_, tiny_models.inputs(LENGTHS))
     assert logits.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("form", [lambda z: z[:1], lambda z: z[:, :1], lambda z: z[0], lambda z: z[..., None]])
 def test_super_s_logits_have_to_fit(form):
     with pytest.raises(ValueError, match=r"super_: got logits \[.*\] for 2 rows, wanted \[2, 2\]"):
-        dispatch.exact(decide(1, 2), Recorder(form), tiny_models.inputs(LENGTHS))
+        exact(decide(1, 2), Recorder(form), tiny_models.inputs(LENGTHS))
 
 
 def test_inputs_are_not_written_to():
     inputs = tiny_models.inputs(LENGTHS)
     before = {name: value.clone() for name, value in inputs.items()}
-    dispatch.exact(decide(1, 2), Recorder(), inputs)
+    exact(decide(1, 2), Recorder(), inputs)
     assert list(inputs) == list(before)
     assert all(torch.equal(inputs[name], value) for name, value in before.items())
 
@@ -252,13 +262,13 @@ def test_the_host_reads_once(monkeypatch, routed, masked):
     route, answers = decide(*routed), []
     read = host_read.routed_extent
     monkeypatch.setattr(host_read, "routed_extent", lambda *args: answers.append(read(*args)) or answers[-1])
-    dispatch.exact(route, Recorder(), inputs)
+    exact(route, Recorder(), inputs)
     longest = max((LENGTHS[row] for row in routed), default=0) if masked else 0
     assert answers == [(len(routed), longest)]
 
     monkeypatch.setattr(host_read, "routed_extent", lambda *args: answers[0])
     with HostReads() as host:
-        dispatch.exact(route, Recorder(), inputs)
+        exact(route, Recorder(), inputs)
     assert host.reads == 0
     with HostReads() as host:
         read(route.order, route.n_routed, None)

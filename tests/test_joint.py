@@ -359,5 +359,5 @@ def test_other_heads_are_refused(swift, super_, which, config, reason):
 
 
 def test_an_unknown_dispatch_mode_lists_those_that_exist(swift, super_):
-    with pytest.raises(ValueError, match="dispatch: got 'bucket', wanted one of exact"):
-        JointClassifier(swift, super_, Router(threshold=0.0), dispatch="bucket")
+    with pytest.raises(ValueError, match="dispatch: got 'buckets', wanted one of auto, exact, bucket, capacity"):
+        JointClassifier(swift, super_, Router(threshold=0.0), dispatch="buckets")

@@ -106,7 +106,7 @@ def test_a_saved_pair_comes_back_the_same(tmp_path, inputs, threshold):
     back = JointClassifier.from_pretrained(tmp_path)
     assert torch.equal(back.router.threshold, router.threshold)
     assert (back.router.score, back.router.temperature) == ("margin", 0.3)
-    assert (back.dispatch, back.trim, back.label_map) == ("exact", False, label_map)
+    assert (back.dispatch, back.plan.trim, back.label_map) == ("exact", False, label_map)
     for value in (-INF, INF):
         joint.router.set_threshold(value)
         back.router.set_threshold(value)
@@ -131,8 +131,8 @@ def test_saving_a_pair_with_super_inputs(tmp_path, swift, super_, inputs):
     with pytest.raises(ValueError, match="super_inputs: got None"):
         JointClassifier.from_pretrained(tmp_path)
     back = JointClassifier.from_pretrained(tmp_path, super_inputs=super_inputs, super_device="cpu")
-    assert back.super_inputs is super_inputs
-    assert back.super_device == torch.device("cpu")
+    assert back.plan.super_inputs is super_inputs
+    assert back.plan.super_.device == torch.device("cpu")
 
 
 def test_a_model_that_cannot_be_saved_leaves_nothing_behind(tmp_path, swift):

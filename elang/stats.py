@@ -1,0 +1,71 @@
+"""What a joint model has done, counted without waiting for a device."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Stats(NamedTuple):
+    """Sums over all calls since the joint model was made."""
+
+    rows: int  # that were answered
+    routed: int  # of these, how many the router sent to Super
+    overflow: int  # of the routed, how many Super had no room for
+    degraded: int  # of the routed, how many Swift answered, for want of room or since Super failed
+    buckets: dict[int, int]  # rows of a batch of Super's, padding included -> how many such batches
+
+
+class Counts(nn.Module):
+    """Counts on the host what the host knows, and on the device what it does not.
+
+    A module, so that its counter moves with the joint model. Threads may share it; where a compiled graph counts on the
+    device, two at the same moment may count as one.
+    """
+
+    on_device: Tensor  # [4] int64: rows, routed, overflow, failed
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("on_device", torch.zeros(4, dtype=torch.int64), persistent=False)
+        self._on_host = [0, 0, 0, 0]
+        self._buckets = Counter[int]()
+        self._lock = threading.Lock()
+
+    def add(self, rows: int, routed: int, size: int) -> None:
+        """Of a call whose count is on the host; `size` rows were or will be Super's batch."""
+        with self._lock:
+            self._on_host[0] += rows
+            self._on_host[1] += routed
+            if size:
+                self._buckets[size] += 1
+
+    def add_failed(self, rows: int) -> None:
+        with self._lock:
+            self._on_host[3] += rows
+
+    def add_on_device(self, rows: int, routed: Tensor, overflow: Tensor, failed: Tensor | None = None) -> None:
+        """Of a call whose counts [1] int32 are on the device."""
+        new = [torch.full_like(routed, rows), routed, overflow, torch.zeros_like(routed) if failed is None else failed]
+        if torch.compiler.is_compiling():
+            self.on_device.add_(torch.cat(new))
+        else:
+            with self._lock:
+                self.on_device.add_(torch.cat(new))
+
+    def read(self) -> Stats:
+        """Synchronizes: yes, with the device of a joint model whose mode counts there."""
+        with self._lock:
+            rows, routed, overflow, failed = map(sum, zip(self._on_host, self.on_device.tolist(), strict=True))
+            return Stats(rows, routed, overflow, overflow + failed, dict(sorted(self._buckets.items())))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"}  # a lock cannot be copied
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._lock = threading.Lock()

@@ -1,0 +1,158 @@
+"""Super as a dispatcher calls it: any callable, on any device, that may fail."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from elang.backbones import logits_of
+
+OnError = Literal["raise", "swift"]
+ON_ERROR = ("raise", "swift")
+
+_log = logging.getLogger(__name__)
+
+
+class Reply(NamedTuple):
+    logits: Tensor | None  # [K, C] on the device asked for; None: Super failed, and Swift's answers stand
+    output: Any  # what Super returned; of a batch run in halves, what it returned for the first
+
+
+@dataclass(frozen=True)
+class SuperModel:
+    """Calls Super on K rows and has its logits [K, C] back.
+
+    A call that runs out of memory is tried once more in two halves. What fails after that, or takes longer than
+    `timeout` seconds, is raised, or with `on_error="swift"` logged and answered with no logits. A call that timed out
+    goes on in a thread of its own, unheard: nothing can stop it. Logits of the wrong shape are always raised.
+    """
+
+    model: Callable[..., Any]
+    device: torch.device | None = None  # where inputs are sent; None: they stay where they are
+    on_error: OnError = "raise"
+    timeout: float | None = None
+
+    def __call__(self, inputs: Mapping[str, Any], rows: int, classes: int, home: torch.device) -> Reply:
+        if self.guarded:
+            reply: Reply = self._guarded(inputs, rows, classes, home)
+            return reply
+        if torch.compiler.is_compiling():  # where an error is the graph's, and not to be caught
+            return self._run(inputs, rows, classes, home)
+        try:
+            return self._run(inputs, rows, classes, home)
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            return self._in_halves(inputs, rows, classes, home, error)
+
+    @property
+    def guarded(self) -> bool:
+        """Whether errors are dealt with here, for which a compiled graph has to stop."""
+        return self.on_error == "swift" or self.timeout is not None
+
+    @torch.compiler.disable(  # type: ignore[no-untyped-call, untyped-decorator]
+        reason="on_super_error='swift' and super_timeout call Super outside of the graph"
+    )
+    def _guarded(self, inputs: Mapping[str, Any], rows: int, classes: int, home: torch.device) -> Reply:
+        try:
+            try:
+                return self._run(inputs, rows, classes, home)
+            except (torch.OutOfMemoryError, MemoryError) as error:
+                return self._in_halves(inputs, rows, classes, home, error)
+        except _WrongShape:
+            raise
+        except Exception:
+            if self.on_error == "raise":
+                raise
+            _log.warning("Super failed on %d rows: Swift's answers stand", rows, exc_info=True)
+            return Reply(None, None)
+
+    def _run(self, inputs: Mapping[str, Any], rows: int, classes: int, home: torch.device) -> Reply:
+        if self.device is not None:
+            inputs = {name: _sent(v, self.device) if isinstance(v, Tensor) else v for name, v in inputs.items()}
+        output = self.model(**inputs) if self.timeout is None else _within(self.timeout, self.model, inputs)
+        logits = logits_of(output)
+        if logits.shape != (rows, classes):
+            raise _WrongShape(f"super_: got logits {list(logits.shape)} for {rows} rows, wanted [{rows}, {classes}]")
+        return Reply(logits.to(home), output)
+
+    def _in_halves(
+        self, inputs: Mapping[str, Any], rows: int, classes: int, home: torch.device, error: BaseException
+    ) -> Reply:
+        if rows < 2:
+            raise error
+        _log.warning("Super ran out of memory on %d rows: once more in halves", rows)
+        torch.cuda.empty_cache()  # nothing without CUDA
+        cut = rows // 2
+        halves = [
+            self._run(rows_of(inputs, rows, begin, end), end - begin, classes, home)
+            for begin, end in ((0, cut), (cut, rows))
+        ]
+        return Reply(torch.cat([half.logits for half in halves if half.logits is not None]), halves[0].output)
+
+
+class _WrongShape(ValueError):
+    pass
+
+
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    # To a GPU the copy is queued; from one it has to have happened before anybody reads it.
+    return tensor.to(device, non_blocking=device.type == "cuda")
+
+
+def rows_of(inputs: Mapping[str, Any], rows: int, begin: int, end: int) -> dict[str, Any]:
+    """Rows [begin, end) of every tensor that has `rows` of them."""
+    return {
+        name: v[begin:end] if isinstance(v, Tensor) and v.dim() > 0 and v.shape[0] == rows else v
+        for name, v in inputs.items()
+    }
+
+
+@contextmanager
+def _as_in(state: tuple[bool, bool, list[tuple[str, torch.dtype]], torch.cuda.Stream | None]) -> Iterator[None]:
+    """What PyTorch keeps for each thread: gradients, inference mode, autocast and the CUDA stream."""
+    grad, inference, autocast, stream = state
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(inference))
+        stack.enter_context(torch.set_grad_enabled(grad))
+        for device, dtype in autocast:
+            stack.enter_context(torch.autocast(device, dtype))
+        stack.enter_context(torch.cuda.stream(stream))  # None: nothing
+        yield
+
+
+def _within(seconds: float, model: Callable[..., Any], inputs: Mapping[str, Any]) -> Any:
+    """The model's answer, from a thread that can be left behind.
+
+    Raises:
+        TimeoutError: it took longer.
+    """
+    answers: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+    state = (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        [(d, torch.get_autocast_dtype(d)) for d in ("cpu", "cuda") if torch.is_autocast_enabled(d)],
+        torch.cuda.current_stream() if torch.cuda.is_initialized() else None,  # type: ignore[no-untyped-call]
+    )
+
+    def run() -> None:
+        try:
+            with _as_in(state):
+                answers.put((model(**inputs), None))
+        except BaseException as error:
+            answers.put((None, error))
+
+    threading.Thread(target=run, name="elang-super", daemon=True).start()
+    try:
+        output, error = answers.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError(f"super_: no answer within {seconds:g} s") from None
+    if error is not None:
+        raise error
+    return output
