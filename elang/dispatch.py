@@ -14,6 +14,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -22,8 +23,10 @@ from torch import Tensor
 from elang import host_read, ops
 from elang.reference import Route, partition
 from elang.stats import Counts
-from elang.super_model import Reply, SuperModel, rows_of
+from elang.super_model import Reply, SuperModel
 
+Capacity = int | tuple[int, int]  # rows, or a share of the batch: numerator and denominator
+ALL = (1, 1)
 SuperInputs = Callable[[dict[str, Any], Tensor], Mapping[str, Any]]
 
 # Powers of two, and from 8 on the sizes half way: on a GPU 8 rows cost about twice as much as 1, and from there on time
@@ -50,7 +53,7 @@ class Plan:
     super_inputs: SuperInputs | None = None  # makes Super's inputs from all inputs and the rows [K] it is to see
     trim: bool = True
     buckets: tuple[int, ...] = BUCKETS
-    capacity: int | float | None = None  # rows, or a share of the batch
+    capacity: Capacity | None = None
     counts: Counts | None = None
 
 
@@ -67,36 +70,44 @@ class Count(NamedTuple):
 
     n_routed: int
     size: int  # rows of Super's batch: the routed ones, then copies of the last of them
-    at_once: int | None  # of these, how many in a call of Super; None: all
     everything: bool  # the batch is all rows in their order, nothing else
     length: int | None  # columns of the inputs that a routed row needs; None: nothing is trimmed
 
 
 class Mode(NamedTuple):
-    run: Callable[..., Answer]  # of (route, inputs, plan, count); the count is None without sizes
-    sizes: Callable[[int, Plan], tuple[int, int]] | None = None  # `size` and `at_once` of so many routed rows
+    run: Callable[..., Answer]  # of (route, inputs, plan, count); the count is None without size_of
+    size_of: Callable[[int, int, Plan], int] | None = None  # rows of Super's batch for so many routed ones, of so many
 
 
 @torch.compiler.disable(  # type: ignore[no-untyped-call, untyped-decorator]
     reason="the number of routed rows is read on the host; dispatch='capacity' reads none"
 )
 def read(mode: Mode, route: Route, inputs: dict[str, Any], plan: Plan) -> Count:
-    """The one host read of a batch, of 8 bytes: see `elang.host_read`."""
+    """The one host read of a batch, of 8 bytes: see `elang.host_read`.
+
+    Raises:
+        RuntimeError: under export or CUDA-graph capture, where there can be none.
+    """
+    if _in_one_graph():
+        raise RuntimeError(
+            "dispatch: this mode reads the number of routed rows on the host, which a graph under export or capture "
+            "cannot; dispatch='capacity' reads none"
+        )
     rows = route.order.shape[0]
     mask = inputs.get("attention_mask") if plan.trim and plan.super_inputs is None else None
     if not isinstance(mask, Tensor) or mask.dim() != 2 or len(mask) != rows:
         mask = None
     n_routed, length = host_read.routed_extent(route.order, route.n_routed, mask)
-    assert mode.sizes is not None, "a mode that counts"
-    size, at_once = mode.sizes(n_routed, plan)
-    one_call, everything = at_once == size, n_routed == size == rows  # the order of all rows is the identity
+    assert mode.size_of is not None, "a mode that counts"
+    size = mode.size_of(n_routed, rows, plan)
+    everything = n_routed == size == rows  # the order of all rows is the identity
     if plan.counts is not None:
         plan.counts.add(rows, n_routed, size)
     if mask is not None:
         columns = mask.shape[1]
         # No routed row has a token: all of it stays. A single column is a shape of its own to a compiler.
         length = min(max(length, 2), columns) if length else columns
-    return Count(n_routed, size, None if one_call else at_once, everything, None if mask is None else length)
+    return Count(n_routed, size, everything, None if mask is None else length)
 
 
 def counted(route: Route, inputs: dict[str, Any], plan: Plan, count: Count) -> Answer:
@@ -104,8 +115,7 @@ def counted(route: Route, inputs: dict[str, Any], plan: Plan, count: Count) -> A
 
     Tensors in `inputs` whose first dimension is N are row tensors; whatever else is there passes as it is. With trim
     the trailing columns that `attention_mask` [N, M] hides in every routed row are cut from all inputs whose second
-    dimension is M. Nothing routed: Super is not called. Everything routed: the inputs are not copied. More rows than
-    the largest bucket: Super is called on as many batches of that size as they fill.
+    dimension is M. Nothing routed: Super is not called. Everything routed: the inputs are not copied.
 
     Args:
         route: Swift's decision; its logits are in Super's label order.
@@ -119,14 +129,17 @@ def counted(route: Route, inputs: dict[str, Any], plan: Plan, count: Count) -> A
         inputs = _trimmed(inputs, inputs["attention_mask"].shape[1], count.length)
     as_they_are = count.everything and plan.super_inputs is None
     routed = inputs if as_they_are else _gathered(route, inputs, plan, count.size)
-    reply = _reply(route, routed, plan, count.size, count.at_once)
+    reply = _reply(route, routed, plan, count.size)
     if reply.logits is None:
         if plan.counts is not None:
             plan.counts.add_failed(count.n_routed)
         return Answer(route.logits, None, None, _first(route.order, route.n_routed))
-    if count.everything:
-        return Answer(reply.logits, reply.output)
-    return Answer(ops.merge_rows(route.logits, reply.logits, route.order, route.n_routed), reply.output)
+    # A copy of Super's: a captured graph, say, writes its next answer where this one lies.
+    everyone = reply.logits.clone() if count.everything else None
+    logits = ops.merge_rows(route.logits, reply.logits, route.order, route.n_routed) if everyone is None else everyone
+    # Where Super's errors are caught there is a mask, whether or not there were any.
+    nobody = torch.zeros_like(route.order, dtype=torch.bool) if plan.super_.guarded else None
+    return Answer(logits, reply.output, None, nobody)
 
 
 def capacity(route: Route, inputs: dict[str, Any], plan: Plan, count: None = None) -> Answer:
@@ -137,66 +150,73 @@ def capacity(route: Route, inputs: dict[str, Any], plan: Plan, count: None = Non
     """
     rows = route.order.shape[0]
     room = capacity_of(plan.capacity, rows)
-    # Of a share this is known without the rows, whose number export may not know.
-    for_all = plan.capacity == 1 if isinstance(plan.capacity, float) else room >= rows
     routed = _first(route.order, route.n_routed)
-    order, n_routed = (route.order, route.n_routed) if for_all else _worst(route.score, routed, room)
+    order, n_routed = (route.order, route.n_routed) if plan.capacity == ALL else _worst(route.score, routed, room)
     overflow, degraded = route.n_routed - n_routed, routed & ~_first(order, n_routed)
     chosen = route._replace(order=order, n_routed=n_routed)
     reply = _reply(chosen, _gathered(chosen, inputs, plan, room), plan, room) if room else Reply(route.logits, None)
     failed = None if reply.logits is not None else n_routed
     if plan.counts is not None:
         plan.counts.add_on_device(rows, route.n_routed, overflow, failed)
+        plan.counts.add_batch(room)
     if reply.logits is None or room == 0:
         return Answer(route.logits, None, overflow, degraded if failed is None else routed)
     return Answer(ops.merge_rows(route.logits, reply.logits, order, n_routed), reply.output, overflow, degraded)
 
 
 MODES = {
-    "exact": Mode(counted, lambda n_routed, plan: (n_routed, n_routed)),
-    "bucket": Mode(counted, lambda n_routed, plan: bucket_of(n_routed, plan.buckets)),
+    "exact": Mode(counted, lambda n_routed, rows, plan: n_routed),
+    "bucket": Mode(counted, lambda n_routed, rows, plan: bucket_of(n_routed, rows, plan.buckets)),
     "capacity": Mode(capacity),
 }
 
 
+def _in_one_graph() -> bool:
+    """Whether what runs here becomes one graph, in which nothing can be read on the host."""
+    capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]
+    return torch.compiler.is_exporting() or capturing
+
+
 def choose() -> str:
     """What `auto` stands for here: no host read where there can be none, few shapes for a compiler, else `exact`."""
-    if torch.compiler.is_exporting() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+    if torch.compiler.is_exporting():
         return "capacity"
-    return "bucket" if torch.compiler.is_compiling() else "exact"
+    if torch.compiler.is_compiling():
+        return "bucket"
+    return "capacity" if _in_one_graph() else "exact"
 
 
-def bucket_of(n_routed: int, buckets: tuple[int, ...]) -> tuple[int, int]:
-    """The least bucket that holds them, at once; past the largest, as many batches of that size as they fill."""
+def bucket_of(n_routed: int, rows: int, buckets: tuple[int, ...]) -> int:
+    """The least bucket that holds them, and no more than all rows; past the largest bucket, all rows."""
     if n_routed == 0:
-        return 0, 0
-    at_once = buckets[min(bisect_left(buckets, n_routed), len(buckets) - 1)]
-    return -(-n_routed // at_once) * at_once, at_once
+        return 0
+    at = bisect_left(buckets, n_routed)
+    return min(buckets[at], rows) if at < len(buckets) else rows
 
 
-def capacity_of(capacity: int | float | None, rows: int) -> int:
+def as_capacity(asked: float) -> Capacity:
+    """A whole number of rows, or a share of the batch (any float) as a fraction, which a compiler keeps as it is.
+
+    As the share is written: 0.1 of 30 rows is 3, and not the 4 that binary floats make of it.
+    """
+    if isinstance(asked, Integral):
+        return int(asked)
+    share = Fraction(str(float(asked))).limit_denominator(10**6)
+    return share.numerator, share.denominator
+
+
+def capacity_of(capacity: Capacity | None, rows: int) -> int:
     """K of a batch of `rows`: at most all of them, and of a share at least that."""
     if capacity is None:
-        raise ValueError(
-            "capacity: got None, wanted a number of rows or a share of the batch: this mode reads no count"
-        )
+        raise ValueError("capacity: got None, wanted rows or a share of the batch, as this mode reads no count")
     if isinstance(capacity, int):
-        return min(capacity, rows)
-    share = Fraction(str(capacity))  # 0.1 of 30 rows is 3, not 4; and whole numbers are what export can reason about
-    return (rows * share.numerator + share.denominator - 1) // share.denominator
+        return torch.sym_min(capacity, rows)  # type: ignore[no-untyped-call, no-any-return]
+    numerator, denominator = capacity
+    return (rows * numerator + denominator - 1) // denominator
 
 
-def _reply(route: Route, inputs: Mapping[str, Any], plan: Plan, rows: int, at_once: int | None = None) -> Reply:
-    """Super's answers to a batch of `rows`, `at_once` in a call."""
-    classes, home = route.logits.shape[1], route.logits.device
-    if at_once is None:
-        return plan.super_(inputs, rows, classes, home)
-    replies = [
-        plan.super_(rows_of(inputs, rows, begin, begin + at_once), at_once, classes, home)
-        for begin in range(0, rows, at_once)
-    ]
-    logits = [reply.logits for reply in replies if reply.logits is not None]
-    return Reply(torch.cat(logits) if len(logits) == len(replies) else None, replies[0].output)
+def _reply(route: Route, inputs: Mapping[str, Any], plan: Plan, rows: int) -> Reply:
+    return plan.super_(inputs, rows, route.logits.shape[1], route.logits.device)
 
 
 def _first(order: Tensor, count: Tensor) -> Tensor:

@@ -22,11 +22,13 @@ class Exportable(nn.Module):
     n_routed [1] int32, overflow [1] int32), as in `elang.dispatch.Routing`.
 
     Raises:
+        RuntimeError: Swift or Super is in training mode.
         ValueError: the joint model has no `capacity`, or catches errors of Super, which a graph cannot.
     """
 
     def __init__(self, joint: JointClassifier) -> None:
         super().__init__()
+        joint.check_eval()
         if joint.plan.capacity is None:
             raise ValueError("joint: got no capacity, wanted one, with dispatch='capacity' or 'auto'")
         if joint.plan.super_.guarded:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import json
 import math
+import threading
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +50,10 @@ class JointClassifier(nn.Module):
         dispatch: one of `elang.dispatch.MODES`, or "auto": `capacity` under export and graph capture, `bucket` under
             torch.compile, else `exact`. `.routing.mode` says which ran.
         capacity: of `capacity` mode: rows that Super sees in every batch (int), or their share of the batch (float).
-        buckets: of `bucket` mode: the sizes of Super's batches, ascending.
+        buckets: of `bucket` mode: the sizes of Super's batches, ascending; a batch's own number of rows is one too.
         super_inputs: `super_inputs(inputs: dict, rows: LongTensor) -> dict` builds Super's inputs for the routed
-            rows, where they are not Swift's (another tokenizer, say). `rows` is [n_routed] int64.
+            rows, where they are not Swift's (another tokenizer, say). `rows` is int64, one for each row of Super's
+            batch: where that is padded, the last routed row again.
         label_map: Swift's label -> Super's label, by name or by class number, for all labels. Needed unless both
             models carry the same label names, whose order and case may differ.
         trim: cut trailing padding that no routed row needs; False for a Super that looks past `attention_mask`.
@@ -79,21 +82,23 @@ class JointClassifier(nn.Module):
         super_device: torch.device | str | None = None,
         *,
         capacity: int | float | None = None,
-        buckets: Sequence[int] = BUCKETS,
+        buckets: Sequence[int] | None = None,
         on_super_error: OnError = "raise",
         super_timeout: float | None = None,
     ) -> None:
         super().__init__()
+        buckets = BUCKETS if buckets is None else buckets
         _check_dispatch(dispatch, capacity, buckets)
         if on_super_error not in ON_ERROR:
             raise ValueError(f"on_super_error: got {on_super_error!r}, wanted one of {', '.join(ON_ERROR)}")
-        if super_timeout is not None and not super_timeout > 0:
-            raise ValueError(f"super_timeout: got {super_timeout!r}, wanted None or seconds > 0")
+        if super_timeout is not None and not 0 < super_timeout <= threading.TIMEOUT_MAX:
+            raise ValueError(f"super_timeout: got {super_timeout!r}, wanted None or a finite number of seconds > 0")
         _refuse_other_heads(swift, "swift")
         _refuse_other_heads(super_, "super_")
         self.swift = swift
         self.super_ = super_
         self.dispatch = dispatch
+        self.capacity = capacity
         self.counts = Counts()
         device = None if super_device is None else torch.device(super_device)
         self.plan = Plan(
@@ -101,7 +106,7 @@ class JointClassifier(nn.Module):
             super_inputs,
             trim,
             tuple(buckets),
-            capacity,
+            None if capacity is None else modes.as_capacity(capacity),
             self.counts,
         )
         self.backbone = backbones.find(swift)
@@ -144,11 +149,7 @@ class JointClassifier(nn.Module):
         """
         if output_attentions or output_hidden_states or inputs.get("use_cache"):
             raise ValueError("output_attentions, output_hidden_states, use_cache: of two models only the logits merge")
-        for name, model in (("swift", self.swift), ("super_", self.super_)):
-            if getattr(model, "training", False):
-                raise RuntimeError(
-                    f"{name}: in training mode, wanted eval mode: call .eval() on it or on the joint model"
-                )
+        self.check_eval()
         named = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -162,7 +163,7 @@ class JointClassifier(nn.Module):
         route = self.decide(inputs)
         of_mode = MODES[mode]
         # Read here and nowhere deeper: this is where a compiled joint model breaks its graph, in two and no more.
-        count = None if of_mode.sizes is None else modes.read(of_mode, route, inputs, self.plan)
+        count = None if of_mode.size_of is None else modes.read(of_mode, route, inputs, self.plan)
         logits, output, overflow, degraded = of_mode.run(route, inputs, self.plan, count)
         # One dtype whoever answered: under autocast Super answers in another than its own.
         logits = logits.to(self.dtype)
@@ -174,6 +175,14 @@ class JointClassifier(nn.Module):
         mode = mode if self.backbone.head is not None else f"{mode}+route_logits"
         answer.routing = Routing(route.score, route.order, route.n_routed, overflow, degraded, mode)
         return answer
+
+    def check_eval(self) -> None:
+        """Raises RuntimeError if a model is in training mode, where it would answer at random."""
+        for name, model in (("swift", self.swift), ("super_", self.super_)):
+            if getattr(model, "training", False):
+                raise RuntimeError(
+                    f"{name}: in training mode, wanted eval mode: call .eval() on it or on the joint model"
+                )
 
     def decide(self, inputs: dict[str, Any]) -> Route:
         """Swift's decision about every row, its logits in Super's label order."""
@@ -232,8 +241,8 @@ class JointClassifier(nn.Module):
                 "dispatch": self.dispatch,
                 "label_map": None if self.label_map is None else list(self.label_map.items()),
                 "trim": self.plan.trim,
-                "capacity": self.plan.capacity,
-                "buckets": self.plan.buckets,
+                "capacity": self.capacity,
+                "buckets": None if self.plan.buckets == BUCKETS else self.plan.buckets,
                 "on_super_error": self.plan.super_.on_error,
                 "super_timeout": self.plan.super_.timeout,
             },
@@ -282,7 +291,7 @@ def _check_dispatch(dispatch: str, capacity: int | float | None, buckets: Sequen
             raise ValueError("capacity: got None, wanted the rows or the share of the batch that Super is to see")
     elif dispatch not in ("auto", "capacity"):
         raise ValueError(f"capacity: got {capacity} with dispatch={dispatch!r}, wanted it with 'capacity' or 'auto'")
-    elif capacity < 0 or (isinstance(capacity, float) and not capacity <= 1):
+    elif not capacity >= 0 or (not isinstance(capacity, Integral) and not capacity <= 1):
         raise ValueError(f"capacity: got {capacity}, wanted rows (int) or a share of the batch (0.0 to 1.0)")
     if not buckets or list(buckets) != sorted(set(buckets)) or buckets[0] < 1:
         raise ValueError(f"buckets: got {tuple(buckets)}, wanted sizes >= 1, ascending")

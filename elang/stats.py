@@ -13,25 +13,26 @@ from torch import Tensor, nn
 class Stats(NamedTuple):
     """Sums over all calls since the joint model was made."""
 
-    rows: int  # that were answered
-    routed: int  # of these, how many the router sent to Super
+    rows: int  # that the router has seen
+    routed: int  # of these, how many it sent to Super
     overflow: int  # of the routed, how many Super had no room for
     degraded: int  # of the routed, how many Swift answered, for want of room or since Super failed
-    buckets: dict[int, int]  # rows of a batch of Super's, padding included -> how many such batches
+    buckets: dict[int, int]  # rows of a batch of Super, padding included -> how many such; none inside a graph
 
 
 class Counts(nn.Module):
     """Counts on the host what the host knows, and on the device what it does not.
 
-    A module, so that its counter moves with the joint model. Threads may share it; where a compiled graph counts on the
-    device, two at the same moment may count as one.
+    A module, so that its counter moves with the joint model. Threads may share it; where graphs or several streams
+    count on the device, two at the same moment may count as one.
     """
 
     on_device: Tensor  # [4] int64: rows, routed, overflow, failed
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("on_device", torch.zeros(4, dtype=torch.int64), persistent=False)
+        with torch.inference_mode(False):  # it is written to later, in whatever mode
+            self.register_buffer("on_device", torch.zeros(4, dtype=torch.int64), persistent=False)
         self._on_host = [0, 0, 0, 0]
         self._buckets = Counter[int]()
         self._lock = threading.Lock()
@@ -42,6 +43,12 @@ class Counts(nn.Module):
             self._on_host[0] += rows
             self._on_host[1] += routed
             if size:
+                self._buckets[size] += 1
+
+    def add_batch(self, size: int) -> None:
+        """Of a call whose counts are on the device."""
+        if size and not torch.compiler.is_compiling():
+            with self._lock:
                 self._buckets[size] += 1
 
     def add_failed(self, rows: int) -> None:
@@ -60,8 +67,13 @@ class Counts(nn.Module):
     def read(self) -> Stats:
         """Synchronizes: yes, with the device of a joint model whose mode counts there."""
         with self._lock:
-            rows, routed, overflow, failed = map(sum, zip(self._on_host, self.on_device.tolist(), strict=True))
-            return Stats(rows, routed, overflow, overflow + failed, dict(sorted(self._buckets.items())))
+            on_host, on_device, buckets = (
+                list(self._on_host),
+                self.on_device.clone(),
+                dict(sorted(self._buckets.items())),
+            )
+        rows, routed, overflow, failed = map(sum, zip(on_host, on_device.tolist(), strict=True))
+        return Stats(rows, routed, overflow, overflow + failed, buckets)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_lock"}  # a lock cannot be copied

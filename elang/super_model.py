@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import logging
 import queue
 import threading
@@ -30,9 +31,10 @@ class Reply(NamedTuple):
 class SuperModel:
     """Calls Super on K rows and has its logits [K, C] back.
 
-    A call that runs out of memory is tried once more in two halves. What fails after that, or takes longer than
-    `timeout` seconds, is raised, or with `on_error="swift"` logged and answered with no logits. A call that timed out
-    goes on in a thread of its own, unheard: nothing can stop it. Logits of the wrong shape are always raised.
+    A call that runs out of memory is tried once more in two halves (of the tensors with K rows), unless it is part of a
+    compiled graph. What fails after that, or takes longer than `timeout` seconds in a call, is raised, or with
+    `on_error="swift"` logged and answered with no logits. A call that timed out goes on in a thread of its own,
+    unheard: nothing can stop it. An answer of the wrong type or shape is always raised.
     """
 
     model: Callable[..., Any]
@@ -46,10 +48,7 @@ class SuperModel:
             return reply
         if torch.compiler.is_compiling():  # where an error is the graph's, and not to be caught
             return self._run(inputs, rows, classes, home)
-        try:
-            return self._run(inputs, rows, classes, home)
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            return self._in_halves(inputs, rows, classes, home, error)
+        return self._whole_or_in_halves(inputs, rows, classes, home)
 
     @property
     def guarded(self) -> bool:
@@ -61,11 +60,8 @@ class SuperModel:
     )
     def _guarded(self, inputs: Mapping[str, Any], rows: int, classes: int, home: torch.device) -> Reply:
         try:
-            try:
-                return self._run(inputs, rows, classes, home)
-            except (torch.OutOfMemoryError, MemoryError) as error:
-                return self._in_halves(inputs, rows, classes, home, error)
-        except _WrongShape:
+            return self._whole_or_in_halves(inputs, rows, classes, home)
+        except _Unfit:
             raise
         except Exception:
             if self.on_error == "raise":
@@ -73,32 +69,58 @@ class SuperModel:
             _log.warning("Super failed on %d rows: Swift's answers stand", rows, exc_info=True)
             return Reply(None, None)
 
+    def _whole_or_in_halves(self, inputs: Mapping[str, Any], rows: int, classes: int, home: torch.device) -> Reply:
+        try:
+            return self._run(inputs, rows, classes, home)
+        except Exception as error:
+            if rows < 2 or not _is_out_of_memory(error):
+                raise
+        # Past the except block, whose error holds on to what the failed call had allocated.
+        _log.warning("Super ran out of memory on %d rows: once more in halves", rows)
+        torch.cuda.empty_cache()  # nothing without CUDA
+        cut = rows // 2
+        logits, output = [], None
+        for begin, end in ((0, cut), (cut, rows)):
+            try:
+                half = self._run(_rows_of(inputs, rows, begin, end), end - begin, classes, home)
+            except _UnfitShape as error:
+                raise MemoryError(
+                    f"super_: out of memory on {rows} rows, which do not come in halves: {error}"
+                ) from None
+            assert half.logits is not None
+            logits.append(half.logits.clone())  # Super may write its next answer where this one lies
+            output = half.output if output is None else output
+        return Reply(torch.cat(logits), output)
+
     def _run(self, inputs: Mapping[str, Any], rows: int, classes: int, home: torch.device) -> Reply:
         if self.device is not None:
             inputs = {name: _sent(v, self.device) if isinstance(v, Tensor) else v for name, v in inputs.items()}
         output = self.model(**inputs) if self.timeout is None else _within(self.timeout, self.model, inputs)
-        logits = logits_of(output)
+        try:
+            logits = logits_of(output)
+        except TypeError as error:
+            raise _UnfitType(str(error)) from None
         if logits.shape != (rows, classes):
-            raise _WrongShape(f"super_: got logits {list(logits.shape)} for {rows} rows, wanted [{rows}, {classes}]")
+            raise _UnfitShape(f"super_: got logits {list(logits.shape)} for {rows} rows, wanted [{rows}, {classes}]")
         return Reply(logits.to(home), output)
 
-    def _in_halves(
-        self, inputs: Mapping[str, Any], rows: int, classes: int, home: torch.device, error: BaseException
-    ) -> Reply:
-        if rows < 2:
-            raise error
-        _log.warning("Super ran out of memory on %d rows: once more in halves", rows)
-        torch.cuda.empty_cache()  # nothing without CUDA
-        cut = rows // 2
-        halves = [
-            self._run(rows_of(inputs, rows, begin, end), end - begin, classes, home)
-            for begin, end in ((0, cut), (cut, rows))
-        ]
-        return Reply(torch.cat([half.logits for half in halves if half.logits is not None]), halves[0].output)
+
+class _Unfit(Exception):
+    """A bug of Super's, not a failure: raised whatever `on_error` says."""
 
 
-class _WrongShape(ValueError):
+class _UnfitShape(_Unfit, ValueError):
     pass
+
+
+class _UnfitType(_Unfit, TypeError):
+    pass
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # The CPU's allocator has no type of its own for it.
+    said = "can't allocate memory" in str(error) if isinstance(error, RuntimeError) else False
+    return said or isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
 def _sent(tensor: Tensor, device: torch.device) -> Tensor:
@@ -106,7 +128,7 @@ def _sent(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=device.type == "cuda")
 
 
-def rows_of(inputs: Mapping[str, Any], rows: int, begin: int, end: int) -> dict[str, Any]:
+def _rows_of(inputs: Mapping[str, Any], rows: int, begin: int, end: int) -> dict[str, Any]:
     """Rows [begin, end) of every tensor that has `rows` of them."""
     return {
         name: v[begin:end] if isinstance(v, Tensor) and v.dim() > 0 and v.shape[0] == rows else v
@@ -141,10 +163,12 @@ def _within(seconds: float, model: Callable[..., Any], inputs: Mapping[str, Any]
         torch.cuda.current_stream() if torch.cuda.is_initialized() else None,  # type: ignore[no-untyped-call]
     )
 
+    context = contextvars.copy_context()
+
     def run() -> None:
         try:
             with _as_in(state):
-                answers.put((model(**inputs), None))
+                answers.put((context.run(model, **inputs), None))
         except BaseException as error:
             answers.put((None, error))
 
@@ -153,6 +177,9 @@ def _within(seconds: float, model: Callable[..., Any], inputs: Mapping[str, Any]
         output, error = answers.get(timeout=seconds)
     except queue.Empty:
         raise TimeoutError(f"super_: no answer within {seconds:g} s") from None
-    if error is not None:
-        raise error
+    try:
+        if error is not None:
+            raise error
+    finally:
+        del error  # whose traceback holds this frame
     return output

@@ -37,7 +37,7 @@ def joint_of(swift, super_):
 
 def test_capacity_is_one_graph(joint_of, inputs):
     joint = joint_of("capacity", capacity=2)
-    compiled = torch.compile(joint, fullgraph=True)
+    compiled = torch.compile(joint, fullgraph=True, backend="aot_eager")
     for routed in (0, 1, 2, 3, 6):
         route_so_many(joint, inputs, routed)
         wanted, before = joint(**inputs), joint.stats
@@ -78,6 +78,16 @@ def test_nothing_is_compiled_anew_once_warm(joint_of, mode):
                     wanted, got = joint(**inputs), compiled(**inputs)
                     assert int(got.routing.n_routed) == count
                     torch.testing.assert_close(got.logits, wanted.logits, rtol=1e-4, atol=1e-5)
+
+
+def test_shares_of_a_batch_of_any_size_are_one_graph_each(joint_of):
+    for share in (0.5, 0.25, 1.0):
+        joint = joint_of("capacity", capacity=share)
+        compiled = torch.compile(joint, fullgraph=True, dynamic=True, backend="eager")
+        for rows in (6, 9):
+            inputs = batch(rows, 7)
+            route_so_many(joint, inputs, rows)
+            torch.testing.assert_close(compiled(**inputs).logits, joint(**inputs).logits, rtol=1e-4, atol=1e-5)
 
 
 def test_auto_under_a_compiler_is_bucket(joint_of, inputs):

@@ -65,8 +65,26 @@ print("agrees")
     assert done.stdout.strip() == "agrees", done.stderr[-3000:]
 
 
+@pytest.mark.parametrize("mode", ["exact", "bucket"])
+def test_a_mode_that_reads_a_count_names_the_one_that_does_not(swift, super_, inputs, mode):
+    joint = JointClassifier(swift, super_, Router(threshold=0.0), mode)
+    with pytest.raises(RuntimeError, match="dispatch='capacity' reads none"):
+        torch.export.export(joint, (), inputs)
+
+
+def test_auto_under_export_is_capacity(swift, super_, inputs):
+    joint = JointClassifier(swift, super_, Router(threshold=0.0), "auto", capacity=2)
+    graph = torch.export.export(Exportable(joint), (), inputs).module()
+    torch.testing.assert_close(graph(**inputs)[0], Exportable(joint)(**inputs)[0], rtol=1e-4, atol=1e-5)
+
+
 def test_what_a_graph_cannot_do_is_refused(swift, super_):
     router = Router(threshold=0.0)
+    joint = JointClassifier(swift, super_, router, "capacity", capacity=2)
+    swift.train()
+    with pytest.raises(RuntimeError, match="swift: in training mode"):
+        Exportable(joint)
+    swift.eval()
     with pytest.raises(ValueError, match="joint: got no capacity"):
         Exportable(JointClassifier(swift, super_, router))
     with pytest.raises(ValueError, match="a graph cannot catch"):

@@ -145,6 +145,32 @@ def test_threads_over_one_joint_give_the_answers_of_one(swift, super_):
         assert all(map(torch.equal, own, want))
 
 
+class Answers(torch.utils.data.Dataset):
+    """Batches that are answered where they are loaded."""
+
+    def __init__(self, joint: JointClassifier, batches: list[dict[str, Tensor]]) -> None:
+        self.joint, self.batches = joint, batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.joint(**self.batches[index]).logits
+
+
+@pytest.mark.parametrize("dispatch", ["exact", "bucket"])
+def test_workers_of_a_dataloader_may_answer(swift, super_, dispatch):
+    joint = JointClassifier(swift, super_, Router(threshold=0.0), dispatch)
+    batches = [tiny_models.inputs(tuple(range(1, n + 2)), seed=n) for n in range(6)]
+    joint.router.set_threshold(joint(**batches[5]).routing.score.median().item())
+    want = [joint(**batch).logits for batch in batches]
+    loader = torch.utils.data.DataLoader(
+        Answers(joint, batches), batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60
+    )
+    for got, wanted in zip(loader, want, strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
 def test_two_joints_share_a_swift(swift, super_, inputs):
     first, second = (JointClassifier(swift, super_, Router(threshold=t)) for t in (-INF, INF))
     assert first(**inputs).routing.n_routed.item() == 0

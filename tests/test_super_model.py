@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import weakref
 from typing import Any
 
 import pytest
@@ -74,6 +75,44 @@ def test_a_super_that_fails_leaves_swift_s_answers_and_says_so(mode, swift, inpu
     assert "the line is dead" in caplog.text
     with pytest.raises(ConnectionError, match="the line is dead"):
         JointClassifier(swift, broken, Router(threshold=INF), label_map=labels)(**inputs)
+
+
+def test_nothing_of_the_call_that_ran_out_of_memory_is_kept_for_the_halves():
+    alive = []
+
+    def model(x: Tensor) -> Tensor:
+        activation = torch.zeros(3)
+        alive.append(weakref.ref(activation))
+        if len(x) > 3:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+        assert alive[0]() is None
+        return x
+
+    x = torch.randn(5, 2)
+    assert torch.equal(SuperModel(model)({"x": x}, 5, 2, HOME).logits, x)
+
+
+def test_rows_that_do_not_come_in_halves_ran_out_of_memory():
+    calls = []
+
+    def model(texts: list[str]) -> Tensor:
+        calls.append(texts)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("no more")
+        return torch.zeros(len(texts), 2)
+
+    with pytest.raises(MemoryError, match="out of memory on 4 rows, which do not come in halves"):
+        SuperModel(model)({"texts": ["a"] * 4}, 4, 2, HOME)
+
+
+def test_an_answer_of_the_wrong_type_is_a_bug_and_no_failure(inputs):
+    with pytest.raises(TypeError, match=r"wanted \.logits, a tensor"):
+        SuperModel(lambda **_: {"answer": 1}, on_error="swift")(inputs, 6, 3, HOME)
+
+
+def test_good_batches_have_a_mask_too_where_errors_are_caught(swift, super_, inputs):
+    joint = JointClassifier(swift, super_, Router(threshold=INF), on_super_error="swift")
+    assert joint(**inputs).routing.degraded.tolist() == [False] * 6
 
 
 def test_logits_of_the_wrong_shape_are_a_bug_and_no_failure(swift, inputs):

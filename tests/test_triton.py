@@ -59,9 +59,9 @@ def compiled(arch: str, cache: Path, path: str) -> list[dict]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def check_and_print(cache: Path, capsys, path: str = "") -> None:
+def check_and_print(cache: Path, capsys, archs: list[str], path: str = "") -> None:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        of_arch = dict(zip(ARCHS, pool.map(lambda arch: compiled(arch, cache, path), ARCHS), strict=True))
+        of_arch = dict(zip(archs, pool.map(lambda arch: compiled(arch, cache, path), archs), strict=True))
     with capsys.disabled():
         print(f"\n{'arch':7} {'registers':>9} {'shared':>7}  kernel")
         for arch, rows in of_arch.items():
@@ -83,7 +83,7 @@ def check_and_print(cache: Path, capsys, path: str = "") -> None:
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="Triton's wheels are for x86-64")
 def test_every_kernel_compiles_for_every_gpu(tmp_path, capsys):
-    check_and_print(tmp_path, capsys)
+    check_and_print(tmp_path, capsys, list(ARCHS))
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="Triton's wheels are for x86-64")
@@ -108,7 +108,7 @@ def test_every_kernel_compiles_with_the_oldest_triton(tmp_path, capsys):
         text=True,
     )
     assert said.stdout.strip() == OLDEST
-    check_and_print(tmp_path, capsys, str(tmp_path / "old"))
+    check_and_print(tmp_path, capsys, ["90", "100"], str(tmp_path / "old"))
 
 
 def test_the_folder_is_no_module_of_its_own():
