@@ -123,8 +123,10 @@ def counted(route: Route, inputs: dict[str, Any], plan: Plan, count: Count) -> A
     Raises:
         ValueError: Super's logits are not [rows, C].
     """
+    # Where Super's errors are caught there is a mask, whether or not there were any.
+    nobody = torch.zeros_like(route.order, dtype=torch.bool) if plan.super_.guarded else None
     if count.size == 0:
-        return Answer(route.logits, None)
+        return Answer(route.logits, None, None, nobody)
     if count.length is not None:
         inputs = _trimmed(inputs, inputs["attention_mask"].shape[1], count.length)
     as_they_are = count.everything and plan.super_inputs is None
@@ -134,12 +136,11 @@ def counted(route: Route, inputs: dict[str, Any], plan: Plan, count: Count) -> A
         if plan.counts is not None:
             plan.counts.add_failed(count.n_routed)
         return Answer(route.logits, None, None, _first(route.order, route.n_routed))
-    # A copy of Super's: a captured graph, say, writes its next answer where this one lies.
-    everyone = reply.logits.clone() if count.everything else None
-    logits = ops.merge_rows(route.logits, reply.logits, route.order, route.n_routed) if everyone is None else everyone
-    # Where Super's errors are caught there is a mask, whether or not there were any.
-    nobody = torch.zeros_like(route.order, dtype=torch.bool) if plan.super_.guarded else None
-    return Answer(logits, reply.output, None, nobody)
+    if count.everything:
+        # A copy: a captured graph, say, writes its next answer where this one lies.
+        return Answer(reply.logits.clone(), reply.output, None, nobody)
+    merged = ops.merge_rows(route.logits, reply.logits, route.order, route.n_routed)
+    return Answer(merged, reply.output, None, nobody)
 
 
 def capacity(route: Route, inputs: dict[str, Any], plan: Plan, count: None = None) -> Answer:

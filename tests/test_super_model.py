@@ -112,7 +112,9 @@ def test_an_answer_of_the_wrong_type_is_a_bug_and_no_failure(inputs):
 
 def test_good_batches_have_a_mask_too_where_errors_are_caught(swift, super_, inputs):
     joint = JointClassifier(swift, super_, Router(threshold=INF), on_super_error="swift")
-    assert joint(**inputs).routing.degraded.tolist() == [False] * 6
+    for threshold in (INF, -INF):
+        joint.router.set_threshold(threshold)
+        assert joint(**inputs).routing.degraded.tolist() == [False] * 6
 
 
 def test_logits_of_the_wrong_shape_are_a_bug_and_no_failure(swift, inputs):
