@@ -147,12 +147,6 @@ def _covers(archs: str, capability: tuple[int, int]) -> bool:
     return False
 
 
-def explain(tensor: Any) -> None:
-    """Once an op has failed: whether it is for want of compiled kernels for its GPU."""
-    if FORCED in (None, "cpp") and isinstance(tensor, torch.Tensor) and tensor.is_cuda and (why := cuda_obstacle()):
-        raise RuntimeError(f"elang's CUDA kernels cannot run: {why}. ELANG_BACKEND=triton runs the ops in Triton")
-
-
 def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -195,6 +189,14 @@ def served(op: str, device: str) -> Served:
     """What serves `op` in this process on a `device` type, and why. Does not start CUDA."""
     gpu_obstacle = cuda_build_obstacle() if device != "cpu" and FORCED != "reference" else None
     return choose(op, device, FORCED, gpu_obstacle, _triton_obstacle(device))
+
+
+def explain(op: str, tensor: Any) -> None:
+    """Once an op has failed: whether it is for want of compiled kernels for its GPU, where they are what serves it."""
+    if not (isinstance(tensor, torch.Tensor) and tensor.is_cuda and served(op, "cuda").backend == "cpp"):
+        return
+    if why := cuda_obstacle():
+        raise RuntimeError(f"elang's CUDA kernels cannot run: {why}. ELANG_BACKEND=triton runs the ops in Triton")
 
 
 # ---- what the wrappers in ops.py call

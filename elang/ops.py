@@ -233,7 +233,7 @@ def route(
         return _new_tuple(Route, op(hidden, weight, bias, threshold, _SCORE_INDEX[score], temperature))
     except Exception:
         checks.route(hidden, weight, bias, threshold, score, temperature)
-        backend.explain(hidden)
+        backend.explain("route", hidden)
         raise
 
 
@@ -270,7 +270,7 @@ def route_logits(
         return Route(logits, *op(logits, threshold, _SCORE_INDEX[score], temperature))
     except Exception:
         checks.route_logits(logits, threshold, score, temperature)
-        backend.explain(logits)
+        backend.explain("route_logits", logits)
         raise
 
 
@@ -356,7 +356,7 @@ def gather_rows(
         return gathered
     except Exception:
         checks.gather_rows(tensors, order, n_routed, capacity)
-        backend.explain(order)
+        backend.explain("gather_rows", order)
         checks.partition_values(order, n_routed)
         raise
 
@@ -395,7 +395,7 @@ def merge_rows(
         return merged
     except Exception:
         checks.merge_rows(kept, routed, order, n_routed)
-        backend.explain(order)
+        backend.explain("merge_rows", order)
         checks.partition_values(order, n_routed)
         raise
 
@@ -427,6 +427,6 @@ def routed_extent(
         return extent
     except Exception:
         checks.routed_extent(mask, order, n_routed)
-        backend.explain(order)
+        backend.explain("routed_extent", order)
         checks.partition_values(order, n_routed)
         raise

@@ -118,9 +118,10 @@ class _UnfitType(_Unfit, TypeError):
 
 
 def _is_out_of_memory(error: Exception) -> bool:
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
     # The CPU's allocator has no type of its own for it.
-    said = "can't allocate memory" in str(error) if isinstance(error, RuntimeError) else False
-    return said or isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 def _sent(tensor: Tensor, device: torch.device) -> Tensor:

@@ -172,10 +172,13 @@ def test_a_failure_for_want_of_kernels_is_explained(monkeypatch):
     class OnCuda(torch.Tensor):
         is_cuda = True
 
+    tensor, serves = torch.ones(1).as_subclass(OnCuda), {"route": "cpp", "vocab_energy": "triton"}
     monkeypatch.setattr(backend, "cuda_obstacle", lambda: "it was built for 90")
+    monkeypatch.setattr(backend, "served", lambda op, device: backend.Served(serves[op], ""))
     with pytest.raises(RuntimeError, match=r"cannot run: it was built for 90\. ELANG_BACKEND=triton"):
-        backend.explain(torch.ones(1).as_subclass(OnCuda))
-    backend.explain(torch.ones(1))
+        backend.explain("route", tensor)
+    backend.explain("route", torch.ones(1))
+    backend.explain("vocab_energy", tensor)  # Triton's own error is the one to see
 
 
 def test_what_cannot_serve_says_so_and_what_would():
