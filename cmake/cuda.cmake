@@ -37,7 +37,8 @@ string(REPLACE ";" " " ELANG_CUDA_ARCHS "${archs}")
 set(ELANG_CUDA_VERSION ${CUDAToolkit_VERSION})
 message(STATUS "CUDA kernels: built with CUDA ${ELANG_CUDA_VERSION} for ${ELANG_CUDA_ARCHS}")
 
-target_sources(elang_ops PRIVATE csrc/cuda/launch.cu csrc/cuda/ops.cpp csrc/cuda/device.cpp csrc/cuda/mailbox.cpp)
+target_sources(elang_ops PRIVATE csrc/cuda/launch.cu csrc/cuda/ops.cpp csrc/cuda/device.cpp csrc/cuda/mailbox.cpp
+               csrc/cuda/graph.cpp)
 set_target_properties(elang_ops PROPERTIES
   CUDA_ARCHITECTURES "${archs}" CUDA_RUNTIME_LIBRARY Static CUDA_STANDARD 17 CUDA_STANDARD_REQUIRED ON CUDA_EXTENSIONS OFF
   CUDA_VISIBILITY_PRESET hidden)

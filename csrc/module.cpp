@@ -1,10 +1,14 @@
 // elang._C: what was built, and the stateful handles. No torch header, so it depends on the Python version alone.
 #include <dlfcn.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <stdexcept>
 #include <string>
+#include <utility>
+#include <vector>
 
+#include "cuda/graph.h"
 #include "cuda/mailbox.h"
 
 namespace py = pybind11;
@@ -31,6 +35,10 @@ F* find(const std::string& library, const char* name) {
   return reinterpret_cast<F*>(found);
 }
 
+void raise_if(const char* error) {
+  if (error) throw std::runtime_error(error);
+}
+
 class Mailbox {
   elang_mailbox_read_t* read_;
   elang_mailbox_delete_t* delete_;
@@ -40,8 +48,7 @@ class Mailbox {
   Mailbox(const std::string& library, int device)
       : read_(find<elang_mailbox_read_t>(library, "elang_mailbox_read")),
         delete_(find<elang_mailbox_delete_t>(library, "elang_mailbox_delete")) {
-    if (const char* error = find<elang_mailbox_new_t>(library, "elang_mailbox_new")(device, &box_))
-      throw std::runtime_error(error);
+    raise_if(find<elang_mailbox_new_t>(library, "elang_mailbox_new")(device, &box_));
   }
   Mailbox(const Mailbox&) = delete;
   ~Mailbox() {
@@ -59,8 +66,66 @@ class Mailbox {
       const py::gil_scoped_release others_run;
       error = read_(box_, &m, &o, seconds, extent);
     }
-    if (error) throw std::runtime_error(error);
+    raise_if(error);
     return py::make_tuple(extent[0], extent[1]);
+  }
+};
+
+std::string graph_nodes(const std::string& library) {
+  const char* error;
+  const char* const nodes = find<elang_graph_nodes_t>(library, "elang_graph_nodes")(&error);
+  if (!nodes) raise_if(error);
+  return nodes;
+}
+
+using Address = uintptr_t;
+
+class Graph {
+  elang_graph_launch_t* launch_;
+  elang_graph_delete_t* delete_;
+  elang_graph* graph_ = nullptr;
+  size_t inputs_, outputs_;
+
+  using Tensors = std::vector<std::pair<Address, int64_t>>;
+
+  static std::vector<elang_graph_tensor> own(const Tensors& tensors) {
+    std::vector<elang_graph_tensor> all;
+    for (const auto& [address, bytes] : tensors) all.push_back({reinterpret_cast<void*>(address), bytes});
+    return all;
+  }
+
+ public:
+  Graph(const std::string& library, int device, Address decide, const std::vector<std::pair<int32_t, Address>>& bodies,
+        Address merge, bool with_switch, int64_t rows, Address n_routed, Address counts, Address batches,
+        const Tensors& inputs, const Tensors& outputs)
+      : launch_(find<elang_graph_launch_t>(library, "elang_graph_launch")),
+        delete_(find<elang_graph_delete_t>(library, "elang_graph_delete")),
+        inputs_(inputs.size()),
+        outputs_(outputs.size()) {
+    std::vector<int32_t> sizes;
+    std::vector<void*> graphs;
+    for (const auto& [size, graph] : bodies) sizes.push_back(size), graphs.push_back(reinterpret_cast<void*>(graph));
+    const elang_graph_parts parts{device, reinterpret_cast<void*>(decide), graphs.data(), sizes.data(),
+                                  static_cast<int>(sizes.size()), reinterpret_cast<void*>(merge), with_switch, rows,
+                                  reinterpret_cast<int32_t*>(n_routed), reinterpret_cast<int64_t*>(counts),
+                                  reinterpret_cast<int64_t*>(batches)};
+    const auto in = own(inputs), out = own(outputs);
+    raise_if(find<elang_graph_new_t>(library, "elang_graph_new")(
+        &parts, in.data(), static_cast<int>(in.size()), out.data(), static_cast<int>(out.size()), &graph_));
+  }
+  Graph(const Graph&) = delete;
+  ~Graph() {
+    if (graph_) delete_(graph_);
+  }
+
+  void launch(const std::vector<Address>& inputs, const std::vector<Address>& outputs) {
+    if (inputs.size() != inputs_ || outputs.size() != outputs_)
+      throw std::invalid_argument("inputs, outputs: wanted an address for each tensor that the graph was built with");
+    std::vector<const void*> in;
+    std::vector<void*> out;
+    for (Address a : inputs) in.push_back(reinterpret_cast<const void*>(a));
+    for (Address a : outputs) out.push_back(reinterpret_cast<void*>(a));
+    raise_if(launch_(graph_, in.data(), out.data()));
   }
 };
 
@@ -79,4 +144,18 @@ PYBIND11_MODULE(_C, m) {
            py::arg("n_routed"), py::arg("seconds"),
            "(n_routed, length), as elang.ops.routed_extent gives them. Tensors as addresses on the device, strides in "
            "elements. Waits for what torch's current stream has queued, without the GIL.");
+  m.def("graph_nodes", &graph_nodes, py::arg("library"),
+        "The conditional nodes that the library and the driver know: \"switch\" or \"if\". RuntimeError: none, and why.");
+  py::class_<Graph>(m, "Graph",
+                    "One inference as one CUDA graph, composed of captured ones: see csrc/cuda/graph.h. Graphs and tensors are\n"
+                    "addresses, and (size, graph), (address, bytes). For one thread at a time.\n"
+                    "RuntimeError: what failed, and why.")
+      .def(py::init<const std::string&, int, Address, const std::vector<std::pair<int32_t, Address>>&, Address, bool, int64_t,
+                    Address, Address, Address, const std::vector<std::pair<Address, int64_t>>&,
+                    const std::vector<std::pair<Address, int64_t>>&>(),
+           py::kw_only(), py::arg("library"), py::arg("device"), py::arg("decide"), py::arg("bodies"), py::arg("merge"),
+           py::arg("with_switch"), py::arg("rows"), py::arg("n_routed"), py::arg("counts"), py::arg("batches"),
+           py::arg("inputs"), py::arg("outputs"))
+      .def("launch", &Graph::launch, py::arg("inputs"), py::arg("outputs"),
+           "Queues one inference on torch's current stream, from and to these addresses. Synchronizes: no.");
 }

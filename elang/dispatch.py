@@ -5,6 +5,7 @@
 | `exact` | exactly the routed rows | one, of 8 bytes | eager |
 | `bucket` | their number rounded up to one of a few sizes | the same one | `torch.compile`: few shapes |
 | `capacity` | a fixed number of rows | none | one graph: `fullgraph=True`, export, CUDA-graph capture |
+| `graph` | as `bucket`, picked on the device | none | CUDA, the least latency: `elang.cuda_graph` |
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ def read(mode: Mode, route: Route, inputs: dict[str, Any], plan: Plan) -> Count:
     Raises:
         RuntimeError: under export or CUDA-graph capture, where there can be none.
     """
-    if _in_one_graph():
+    if in_one_graph():
         raise RuntimeError(
             "dispatch: this mode reads the number of routed rows on the host, which a graph under export or capture "
             "cannot; dispatch='capacity' reads none"
@@ -130,7 +131,7 @@ def counted(route: Route, inputs: dict[str, Any], plan: Plan, count: Count) -> A
     if count.length is not None:
         inputs = _trimmed(inputs, inputs["attention_mask"].shape[1], count.length)
     as_they_are = count.everything and plan.super_inputs is None
-    routed = inputs if as_they_are else _gathered(route, inputs, plan, count.size)
+    routed = inputs if as_they_are else gathered(route, inputs, plan, count.size)
     reply = _reply(route, routed, plan, count.size)
     if reply.logits is None:
         if plan.counts is not None:
@@ -155,7 +156,7 @@ def capacity(route: Route, inputs: dict[str, Any], plan: Plan, count: None = Non
     order, n_routed = (route.order, route.n_routed) if plan.capacity == ALL else _worst(route.score, routed, room)
     overflow, degraded = route.n_routed - n_routed, routed & ~_first(order, n_routed)
     chosen = route._replace(order=order, n_routed=n_routed)
-    reply = _reply(chosen, _gathered(chosen, inputs, plan, room), plan, room) if room else Reply(route.logits, None)
+    reply = _reply(chosen, gathered(chosen, inputs, plan, room), plan, room) if room else Reply(route.logits, None)
     failed = None if reply.logits is not None else n_routed
     if plan.counts is not None:
         plan.counts.add_on_device(rows, route.n_routed, overflow, failed)
@@ -172,7 +173,7 @@ MODES = {
 }
 
 
-def _in_one_graph() -> bool:
+def in_one_graph() -> bool:
     """Whether what runs here becomes one graph, in which nothing can be read on the host."""
     capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]
     return torch.compiler.is_exporting() or capturing
@@ -184,7 +185,7 @@ def choose() -> str:
         return "capacity"
     if torch.compiler.is_compiling():
         return "bucket"
-    return "capacity" if _in_one_graph() else "exact"
+    return "capacity" if in_one_graph() else "exact"
 
 
 def bucket_of(n_routed: int, rows: int, buckets: tuple[int, ...]) -> int:
@@ -242,7 +243,7 @@ def _trimmed(inputs: dict[str, Any], columns: int, length: int) -> dict[str, Any
     }
 
 
-def _gathered(route: Route, inputs: dict[str, Any], plan: Plan, size: int) -> Mapping[str, Any]:
+def gathered(route: Route, inputs: dict[str, Any], plan: Plan, size: int) -> Mapping[str, Any]:
     """Super's inputs for `size` rows, the routed ones and copies of the last: every row tensor copied in one call."""
     rows = route.order.shape[0]
     if plan.super_inputs is not None:

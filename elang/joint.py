@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import threading
-import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from numbers import Integral
 from pathlib import Path
@@ -17,10 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification
-from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils.generic import ModelOutput
 
-from elang import backbones
+from elang import backbones, contract, cuda_graph
 from elang import dispatch as modes
 from elang.dispatch import BUCKETS, MODES, Plan, Routing, SuperInputs
 from elang.reference import Route
@@ -28,9 +25,8 @@ from elang.router import Router
 from elang.stats import Counts, Stats
 from elang.super_model import ON_ERROR, OnError, SuperModel
 
-LabelMap = Mapping[str | int, str | int]
-
 SETTINGS = "elang.json"
+GRAPH = "graph"
 
 
 class JointClassifier(nn.Module):
@@ -47,10 +43,12 @@ class JointClassifier(nn.Module):
             logits.
         super_: any callable that takes the same keyword inputs (or those of `super_inputs`) and returns logits.
         router: score and threshold; moved to Swift's device.
-        dispatch: one of `elang.dispatch.MODES`, or "auto": `capacity` under export and graph capture, `bucket` under
-            torch.compile, else `exact`. `.routing.mode` says which ran.
+        dispatch: one of `elang.dispatch.MODES`, "graph" (see `elang.cuda_graph`), or "auto": `capacity` under export
+            and graph capture, `bucket` under torch.compile, else `exact`. `.routing.mode` says which ran.
         capacity: of `capacity` mode: rows that Super sees in every batch (int), or their share of the batch (float).
-        buckets: of `bucket` mode: the sizes of Super's batches, ascending; a batch's own number of rows is one too.
+        buckets: of `bucket` and `graph` mode: the sizes of Super's batches, ascending; a batch's own number of rows is
+            one too.
+        graph_memory: of `graph` mode: the most bytes that its graphs may take; None: 4 GiB.
         super_inputs: `super_inputs(inputs: dict, rows: LongTensor) -> dict` builds Super's inputs for the routed
             rows, where they are not Swift's (another tokenizer, say). `rows` is int64, one for each row of Super's
             batch: where that is padded, the last routed row again.
@@ -64,6 +62,7 @@ class JointClassifier(nn.Module):
 
     Raises:
         ValueError: unknown dispatch mode or setting, multi-label or regression head, labels that do not match.
+        RuntimeError: "graph" where there is no CUDA device, or no conditional node: says why.
     """
 
     swift: Any
@@ -77,24 +76,29 @@ class JointClassifier(nn.Module):
         router: Router,
         dispatch: str = "exact",
         super_inputs: SuperInputs | None = None,
-        label_map: LabelMap | None = None,
+        label_map: contract.LabelMap | None = None,
         trim: bool = True,
         super_device: torch.device | str | None = None,
         *,
         capacity: int | float | None = None,
         buckets: Sequence[int] | None = None,
+        graph_memory: int | None = None,
         on_super_error: OnError = "raise",
         super_timeout: float | None = None,
     ) -> None:
         super().__init__()
         buckets = BUCKETS if buckets is None else buckets
-        _check_dispatch(dispatch, capacity, buckets)
+        _check_dispatch(dispatch, capacity, buckets, graph_memory)
         if on_super_error not in ON_ERROR:
             raise ValueError(f"on_super_error: got {on_super_error!r}, wanted one of {', '.join(ON_ERROR)}")
         if super_timeout is not None and not 0 < super_timeout <= threading.TIMEOUT_MAX:
             raise ValueError(f"super_timeout: got {super_timeout!r}, wanted None or a finite number of seconds > 0")
-        _refuse_other_heads(swift, "swift")
-        _refuse_other_heads(super_, "super_")
+        if dispatch == GRAPH and (on_super_error == "swift" or super_timeout is not None):
+            raise ValueError(
+                "on_super_error, super_timeout: got one with dispatch='graph', which cannot catch; 'exact' can"
+            )
+        contract.refuse_other_heads(swift, "swift")
+        contract.refuse_other_heads(super_, "super_")
         self.swift = swift
         self.super_ = super_
         self.dispatch = dispatch
@@ -114,17 +118,19 @@ class JointClassifier(nn.Module):
         head = self.backbone.head
         router.to(self.device if head is None else head.weight.device)
 
-        columns = _swift_columns(swift, super_, label_map)
+        columns = contract.swift_columns(swift, super_, label_map)
         self.counts.to(router.threshold.device)
         permutation = None if columns == sorted(columns) else torch.tensor(columns, device=router.threshold.device)
         self.register_buffer("_permutation", permutation, persistent=False)
         self.label_map = label_map
-        self.config = _config(swift, super_, columns)
-        self._output_class = _annotated_output(super_)
+        self.config = contract.config_of(swift, super_, columns)
+        self._output_class = contract.annotated_output(super_)
         parameters = chain(_parameters(super_), _parameters(swift), (router.threshold,))
         # In a tuple: a parameter that is an attribute is registered, and would be in the state twice.
         self._typed = (next(p for p in parameters if p.is_floating_point()),)
         self.training = False
+        self.graph_memory = graph_memory
+        self.graphs = cuda_graph.Graphs(self.decide, self.plan, self, graph_memory or cuda_graph.MEMORY)
 
     @torch.no_grad()
     def forward(
@@ -160,11 +166,18 @@ class JointClassifier(nn.Module):
         inputs = {name: value for name, value in {**named, **inputs}.items() if value is not None}
 
         mode = modes.choose() if self.dispatch == "auto" else self.dispatch
-        route = self.decide(inputs)
-        of_mode = MODES[mode]
-        # Read here and nowhere deeper: this is where a compiled joint model breaks its graph, in two and no more.
-        count = None if of_mode.size_of is None else modes.read(of_mode, route, inputs, self.plan)
-        logits, output, overflow, degraded = of_mode.run(route, inputs, self.plan, count)
+        if mode == GRAPH:
+            logits, score, order, n_routed = self.graphs(
+                inputs, self.device, self.router.score, self.router.temperature
+            )
+            output = overflow = degraded = None
+        else:
+            route = self.decide(inputs)
+            of_mode = MODES[mode]
+            # Read here and nowhere deeper: this is where a compiled joint model breaks its graph, in two and no more.
+            count = None if of_mode.size_of is None else modes.read(of_mode, route, inputs, self.plan)
+            logits, output, overflow, degraded = of_mode.run(route, inputs, self.plan, count)
+            _, score, order, n_routed = route
         # One dtype whoever answered: under autocast Super answers in another than its own.
         logits = logits.to(self.dtype)
         loss = None if labels is None else F.cross_entropy(logits, labels.to(logits.device).view(-1))
@@ -173,8 +186,24 @@ class JointClassifier(nn.Module):
         if return_dict is False:
             return answer.to_tuple()
         mode = mode if self.backbone.head is not None else f"{mode}+route_logits"
-        answer.routing = Routing(route.score, route.order, route.n_routed, overflow, degraded, mode)
+        answer.routing = Routing(score, order, n_routed, overflow, degraded, mode)
         return answer
+
+    @torch.no_grad()
+    def warmup(self, **inputs: Any) -> cuda_graph.Memory:
+        """Build the CUDA graph for inputs of these shapes now rather than with their first batch.
+
+        Returns:
+            What it takes of the device; `.graphs.memory` has it for all.
+
+        Raises:
+            ValueError: another mode than "graph", which has nothing to build.
+            RuntimeError, MemoryError: as the first call would.
+        """
+        if self.dispatch != GRAPH:
+            raise ValueError(f"dispatch: got {self.dispatch!r}, wanted 'graph': no other mode has anything to build")
+        self.check_eval()
+        return self.graphs.build(inputs, self.device, self.router.score, self.router.temperature)
 
     def check_eval(self) -> None:
         """Raises RuntimeError if a model is in training mode, where it would answer at random."""
@@ -242,6 +271,7 @@ class JointClassifier(nn.Module):
                 "label_map": None if self.label_map is None else list(self.label_map.items()),
                 "trim": self.plan.trim,
                 "capacity": self.capacity,
+                "graph_memory": self.graph_memory,
                 "buckets": None if self.plan.buckets == BUCKETS else self.plan.buckets,
                 "on_super_error": self.plan.super_.on_error,
                 "super_timeout": self.plan.super_.timeout,
@@ -258,11 +288,15 @@ class JointClassifier(nn.Module):
         cls,
         folder: str | Path,
         *,
+        dispatch: str | None = None,
         super_inputs: SuperInputs | None = None,
         super_device: torch.device | str | None = None,
         **kwargs: Any,
     ) -> JointClassifier:
         """Read what `save_pretrained` wrote. `kwargs` go to both models' `from_pretrained`.
+
+        Args:
+            dispatch: another mode than the saved one, without its settings.
 
         Raises:
             ValueError: the pair was saved with a `super_inputs` and none is given.
@@ -279,11 +313,15 @@ class JointClassifier(nn.Module):
             for name in ("swift", "super")
         )
         router["threshold"] = float(router["threshold"])
+        if dispatch is not None:
+            joint |= {"dispatch": dispatch, "capacity": None, "buckets": None, "graph_memory": None}
         return cls(swift, super_, Router(**router), super_inputs=super_inputs, super_device=super_device, **joint)
 
 
-def _check_dispatch(dispatch: str, capacity: int | float | None, buckets: Sequence[int]) -> None:
-    known = ("auto", *MODES)
+def _check_dispatch(
+    dispatch: str, capacity: int | float | None, buckets: Sequence[int], graph_memory: int | None
+) -> None:
+    known = ("auto", *MODES, GRAPH)
     if dispatch not in known:
         raise ValueError(f"dispatch: got {dispatch!r}, wanted one of {', '.join(known)}")
     if capacity is None:
@@ -295,76 +333,16 @@ def _check_dispatch(dispatch: str, capacity: int | float | None, buckets: Sequen
         raise ValueError(f"capacity: got {capacity}, wanted rows (int) or a share of the batch (0.0 to 1.0)")
     if not buckets or list(buckets) != sorted(set(buckets)) or buckets[0] < 1:
         raise ValueError(f"buckets: got {tuple(buckets)}, wanted sizes >= 1, ascending")
-    if tuple(buckets) != BUCKETS and dispatch not in ("auto", "bucket"):
-        raise ValueError(f"buckets: got some with dispatch={dispatch!r}, wanted them with 'bucket' or 'auto'")
+    if tuple(buckets) != BUCKETS and dispatch not in ("auto", "bucket", GRAPH):
+        raise ValueError(f"buckets: got some with dispatch={dispatch!r}, wanted them with 'bucket', 'graph' or 'auto'")
+    if graph_memory is not None and (dispatch != GRAPH or graph_memory < 1):
+        raise ValueError(f"graph_memory: got {graph_memory} with dispatch={dispatch!r}, wanted bytes, with 'graph'")
+    if dispatch == GRAPH:
+        if len(buckets) >= cuda_graph.MAX_BUCKETS:
+            raise ValueError(f"buckets: got {len(buckets)}, wanted fewer than {cuda_graph.MAX_BUCKETS} with 'graph'")
+        if why := cuda_graph.obstacle():
+            raise RuntimeError(f"dispatch: 'graph' cannot run here: {why}; dispatch='exact' can")
 
 
 def _parameters(model: Any) -> Iterator[Tensor]:
     return model.parameters() if isinstance(model, nn.Module) else iter(())
-
-
-def _refuse_other_heads(model: Any, argument: str) -> None:
-    config = getattr(model, "config", None)
-    if getattr(config, "problem_type", None) == "multi_label_classification":
-        raise ValueError(
-            f"{argument}: a multi-label head, wanted one label per row: scores compare classes that exclude each other"
-        )
-    if getattr(config, "num_labels", None) == 1 or getattr(config, "problem_type", None) == "regression":
-        raise ValueError(
-            f"{argument}: a regression head, wanted a classifier of at least two classes: one output has no energy"
-        )
-
-
-def _label_names(model: Any) -> list[str] | None:
-    id2label = getattr(getattr(model, "config", None), "id2label", None)
-    return None if id2label is None else [id2label[i].casefold() for i in range(len(id2label))]
-
-
-def _swift_columns(swift: Any, super_: Any, label_map: LabelMap | None) -> list[int]:
-    """For each of Super's labels, the column of Swift's logits that holds it."""
-    swift_names, super_names = _label_names(swift), _label_names(super_)
-    if label_map is None:
-        if swift_names is None or super_names is None or sorted(swift_names) != sorted(super_names):
-            raise ValueError(
-                f"label_map: got None, wanted one, as Swift's labels are {swift_names} and Super's are {super_names}"
-            )
-        label_map = {name: name for name in swift_names}
-    columns = {_class_number(b, super_names): _class_number(a, swift_names) for a, b in label_map.items()}
-    if sorted(columns) != list(range(len(super_names or label_map))) or (
-        sorted(columns.values()) != list(range(len(swift_names or label_map)))
-    ):
-        raise ValueError(
-            f"label_map: got {dict(label_map)}, wanted each of Swift's labels {swift_names or ''} "
-            f"paired with one of Super's {super_names or ''}"
-        )
-    return [columns[label] for label in sorted(columns)]
-
-
-def _class_number(label: str | int, names: list[str] | None) -> int:
-    if isinstance(label, int):
-        return label
-    if names is None or label.casefold() not in names:
-        raise ValueError(f"label_map: got {label!r}, wanted a class number or one of {names}")
-    return names.index(label.casefold())
-
-
-def _config(swift: Any, super_: Any, columns: list[int]) -> Any:
-    """Super's config; Swift's with its labels in the order of the answers if Super has none."""
-    config = getattr(super_, "config", None)
-    if config is None and _label_names(swift) is not None:
-        config = copy.deepcopy(swift.config)
-        config.id2label = {label: swift.config.id2label[column] for label, column in enumerate(columns)}
-        config.label2id = {name: label for label, name in config.id2label.items()}
-    return config
-
-
-def _annotated_output(super_: Any) -> type[ModelOutput]:
-    """The output class that Super's `forward` says it returns, for batches that never reach it."""
-    try:
-        returned = typing.get_type_hints(getattr(super_, "forward", super_)).get("return")
-    except Exception:  # a hint that does not resolve says nothing
-        returned = None
-    for kind in (returned, *typing.get_args(returned)):
-        if isinstance(kind, type) and issubclass(kind, ModelOutput):
-            return kind
-    return SequenceClassifierOutput

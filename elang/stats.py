@@ -35,6 +35,7 @@ class Counts(nn.Module):
             self.register_buffer("on_device", torch.zeros(4, dtype=torch.int64), persistent=False)
         self._on_host = [0, 0, 0, 0]
         self._buckets = Counter[int]()
+        self._batches_on_device: list[tuple[list[int], Tensor]] = []
         self._lock = threading.Lock()
 
     def add(self, rows: int, routed: int, size: int) -> None:
@@ -50,6 +51,13 @@ class Counts(nn.Module):
         if size and not torch.compiler.is_compiling():
             with self._lock:
                 self._buckets[size] += 1
+
+    def batches_on_device(self, sizes: list[int]) -> Tensor:
+        """[len(sizes)] int64 zeros, for a graph to count up its batches of Super of each of these sizes."""
+        batches = torch.zeros(len(sizes), dtype=torch.int64, device=self.on_device.device)
+        with self._lock:
+            self._batches_on_device.append((sizes, batches))
+        return batches
 
     def add_failed(self, rows: int) -> None:
         with self._lock:
@@ -67,13 +75,12 @@ class Counts(nn.Module):
     def read(self) -> Stats:
         """Synchronizes: yes, with the device of a joint model whose mode counts there."""
         with self._lock:
-            on_host, on_device, buckets = (
-                list(self._on_host),
-                self.on_device.clone(),
-                dict(sorted(self._buckets.items())),
-            )
+            on_host, on_device, buckets = list(self._on_host), self.on_device.clone(), self._buckets.copy()
+            in_graphs = list(self._batches_on_device)
+        for sizes, batches in in_graphs:
+            buckets.update(dict(zip(sizes, batches.tolist(), strict=True)))
         rows, routed, overflow, failed = map(sum, zip(on_host, on_device.tolist(), strict=True))
-        return Stats(rows, routed, overflow, overflow + failed, buckets)
+        return Stats(rows, routed, overflow, overflow + failed, {size: n for size, n in sorted(buckets.items()) if n})
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_lock"}  # a lock cannot be copied

@@ -47,7 +47,7 @@ class SuperModel:
             reply: Reply = self._guarded(inputs, rows, classes, home)
             return reply
         if torch.compiler.is_compiling():  # where an error is the graph's, and not to be caught
-            return self._run(inputs, rows, classes, home)
+            return self.once(inputs, rows, classes, home)
         return self._whole_or_in_halves(inputs, rows, classes, home)
 
     @property
@@ -71,7 +71,7 @@ class SuperModel:
 
     def _whole_or_in_halves(self, inputs: Mapping[str, Any], rows: int, classes: int, home: torch.device) -> Reply:
         try:
-            return self._run(inputs, rows, classes, home)
+            return self.once(inputs, rows, classes, home)
         except Exception as error:
             if rows < 2 or not _is_out_of_memory(error):
                 raise
@@ -82,7 +82,7 @@ class SuperModel:
         logits, output = [], None
         for begin, end in ((0, cut), (cut, rows)):
             try:
-                half = self._run(_rows_of(inputs, rows, begin, end), end - begin, classes, home)
+                half = self.once(_rows_of(inputs, rows, begin, end), end - begin, classes, home)
             except _UnfitShape as error:
                 raise MemoryError(
                     f"super_: out of memory on {rows} rows, which do not come in halves: {error}"
@@ -92,7 +92,8 @@ class SuperModel:
             output = half.output if output is None else output
         return Reply(torch.cat(logits), output)
 
-    def _run(self, inputs: Mapping[str, Any], rows: int, classes: int, home: torch.device) -> Reply:
+    def once(self, inputs: Mapping[str, Any], rows: int, classes: int, home: torch.device) -> Reply:
+        """One call, all of whose errors are the caller's."""
         if self.device is not None:
             inputs = {name: _sent(v, self.device) if isinstance(v, Tensor) else v for name, v in inputs.items()}
         output = self.model(**inputs) if self.timeout is None else _within(self.timeout, self.model, inputs)

@@ -288,7 +288,19 @@ def thread_cases() -> list[Case]:
         gather_case([torch.randn(40, 33), torch.randint(0, 9, (40, 5))], keep, 15),
         merge_case(torch.randn(40, 33), torch.randn(20, 33), keep),
         extent_case((torch.rand(200, 40) < 0.1).long(), torch.rand(200) < 0.5, by_mail=True),
+        *graph_cases()[1::3],
     ]
+
+
+def graph_cases() -> list[Case]:
+    """A graph with a SWITCH node and one with IF nodes; one bucket, a few, and more than a warp has lanes."""
+    sizes = [[1], [1, 2, 4, 7], list(range(2, 66))]
+    return [Case("graph", [int(switch), len(s), *s], [], [], same([])) for switch in (True, False) for s in sizes]
+
+
+def test_graphs_under_address_sanitizer(build, tmp_path):
+    done = run(build("address"), graph_cases(), tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_route_under_address_sanitizer(build, tmp_path):

@@ -131,6 +131,7 @@ def test_ops_library_exports_its_c_abi_alone():
     functions = {"elang_cpu_isa"}
     if build_config()["cuda_archs"]:
         functions |= {"elang_cuda_obstacle", *(f"elang_mailbox_{what}" for what in ("new", "read", "delete"))}
+        functions |= {f"elang_graph_{what}" for what in ("nodes", "new", "launch", "delete")}
     assert set(re.findall(r" T (\w+)", exported)) == functions
     assert "RPATH" not in run("readelf", "-d", OPS_LIBRARY).replace("RUNPATH", "RPATH")
 

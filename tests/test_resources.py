@@ -14,7 +14,10 @@ from conftest import cuda_home
 from elang import backend
 
 REGISTERS = 128  # of a thread, so that two blocks of 256 fit a multiprocessor
-KERNELS = {"route_kernel", "route_logits_kernel", "gather_kernel", "merge_kernel", "extent_kernel"}
+KERNELS = {
+    *("route_kernel", "route_logits_kernel", "gather_kernel", "merge_kernel", "extent_kernel"),
+    *("copy_kernel", "branch_kernel"),
+}
 
 
 def cuobjdump() -> str | None:

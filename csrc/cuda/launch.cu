@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <initializer_list>
 
+#include "branch.cuh"
 #include "route.cuh"
 #include "rows.cuh"
 
@@ -27,6 +28,34 @@ cudaError_t enqueue(void (*kernel)(P), int64_t blocks, size_t shared_bytes, cuda
   const dim3 grid(static_cast<unsigned>(blocks)), block(kThreads);
   return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, block, arguments, shared_bytes, stream);
 }
+
+#if ELANG_CONDITIONAL_NODES
+// A launch as a node has it, for the call that `use` makes of it, which copies the parameters.
+template <class P, class F>
+cudaError_t as_node(void (*kernel)(P), int64_t blocks, int threads, P& params, const F& use) {
+  if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
+  void* arguments[] = {&params};
+  cudaKernelNodeParams launch{};
+  launch.func = reinterpret_cast<void*>(kernel);
+  launch.gridDim = dim3(static_cast<unsigned>(blocks)), launch.blockDim = dim3(threads);
+  launch.kernelParams = arguments;
+  return use(&launch);
+}
+
+template <class P>
+cudaError_t add_node(
+    cudaGraph_t graph, cudaGraphNode_t behind, void (*kernel)(P), int64_t blocks, int threads, P params, cudaGraphNode_t* node) {
+  return as_node(kernel, blocks, threads, params, [&](const cudaKernelNodeParams* launch) {
+    return cudaGraphAddKernelNode(node, graph, behind ? &behind : nullptr, behind ? 1 : 0, launch);
+  });
+}
+
+template <class P>
+cudaError_t set_node(cudaGraphExec_t exec, cudaGraphNode_t node, void (*kernel)(P), int64_t blocks, int threads, P params) {
+  return as_node(kernel, blocks, threads, params,
+                 [&](const cudaKernelNodeParams* changed) { return cudaGraphExecKernelNodeSetParams(exec, node, changed); });
+}
+#endif
 #endif
 
 cudaError_t set_partition(Partition& p, const RouteArgs& args, const RouteOut& out, int block_rows, cudaStream_t stream) {
@@ -76,6 +105,19 @@ UnitRows unit_rows(const Rows& rows, char* to, std::initializer_list<uintptr_t> 
   return {rows.data, to, stride, bytes >> unit_log2, unit_log2};
 }
 
+// One more tensor, of which `slots` rows are copied; none if they are empty.
+cudaError_t append(Tensors& of, const UnitRows& rows, int64_t slots) {
+  if (rows.row_units >= kMaxUnits) return cudaErrorInvalidValue;
+  const int64_t blocks = of.first_block[of.count] + ceil_div(rows.row_units * slots, kUnitsPerBlock);
+  if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
+  if (blocks == of.first_block[of.count]) return cudaSuccess;
+  of.tensor[of.count++] = rows;
+  of.first_block[of.count] = static_cast<unsigned>(blocks);
+  return cudaSuccess;
+}
+
+int64_t blocks_of(const Tensors& of) { return of.first_block[of.count]; }
+
 }  // namespace
 
 cudaError_t launch_route(const RouteArgs& args, const RouteOut& out, cudaStream_t stream) {
@@ -102,18 +144,11 @@ cudaError_t launch_route(const RouteArgs& args, const RouteOut& out, cudaStream_
 
 cudaError_t launch_gather(const GatherTensor* tensors, int count, const Order& order, int64_t capacity, cudaStream_t stream) {
   for (int done = 0; done < count;) {
-    GatherParams p{order, capacity, 0, {}, {}};
-    int64_t blocks = 0;
-    for (; done < count && p.tensors < kMaxTensors; ++done) {
-      const UnitRows rows = unit_rows(tensors[done].from, tensors[done].to);
-      if (rows.row_units == 0) continue;
-      if (rows.row_units >= kMaxUnits) return cudaErrorInvalidValue;
-      p.tensor[p.tensors] = rows;
-      blocks += ceil_div(rows.row_units * capacity, kUnitsPerBlock);
-      p.first_block[++p.tensors] = static_cast<unsigned>(blocks);
-    }
-    if (!blocks) continue;
-    if (const cudaError_t error = enqueue(gather_kernel, blocks, 0, stream, p)) return error;
+    GatherParams p{order, capacity, {}};
+    for (; done < count && p.of.count < kMaxTensors; ++done)
+      if (const cudaError_t error = append(p.of, unit_rows(tensors[done].from, tensors[done].to), capacity)) return error;
+    if (!p.of.count) continue;
+    if (const cudaError_t error = enqueue(gather_kernel, blocks_of(p.of), 0, stream, p)) return error;
   }
   return cudaSuccess;
 }
@@ -140,5 +175,38 @@ cudaError_t launch_extent(
   const int64_t blocks = ceil_div(order.rows, kWarps * kRowsPerWarp);
   return enqueue(extent_kernel, blocks < 1 ? 1 : blocks < sms ? blocks : sms, 0, stream, p);
 }
+
+#if ELANG_CONDITIONAL_NODES
+namespace {
+
+static_assert(kMaxCopies <= kMaxTensors, "one launch copies them all");
+
+cudaError_t tensors_of(const Copy* copies, int count, Tensors* of) {
+  if (count > kMaxCopies) return cudaErrorInvalidValue;
+  for (int i = 0; i < count; ++i) {
+    const Rows whole{static_cast<const char*>(copies[i].from), 1, copies[i].bytes, 1, &copies[i].bytes, nullptr};
+    if (const cudaError_t error = append(*of, unit_rows(whole, static_cast<char*>(copies[i].to)), 1)) return error;
+  }
+  return blocks_of(*of) ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+}  // namespace
+
+cudaError_t add_copies(cudaGraph_t graph, cudaGraphNode_t behind, const Copy* copies, int count, cudaGraphNode_t* node) {
+  Tensors of{};
+  if (const cudaError_t error = tensors_of(copies, count, &of)) return error;
+  return add_node(graph, behind, copy_kernel, blocks_of(of), kThreads, of, node);
+}
+
+cudaError_t set_copies(cudaGraphExec_t exec, cudaGraphNode_t node, const Copy* copies, int count) {
+  Tensors of{};
+  if (const cudaError_t error = tensors_of(copies, count, &of)) return error;
+  return set_node(exec, node, copy_kernel, blocks_of(of), kThreads, of);
+}
+
+cudaError_t add_branch(cudaGraph_t graph, cudaGraphNode_t behind, const Branch& branch, cudaGraphNode_t* node) {
+  return add_node(graph, behind, branch_kernel, 1, kWarp, branch, node);
+}
+#endif
 
 }  // namespace elang

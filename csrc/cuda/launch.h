@@ -60,4 +60,38 @@ cudaError_t launch_merge(
 cudaError_t launch_extent(
     const Mask& mask, const Order& order, int32_t* extent, Mail* mail, uint64_t sequence, cudaStream_t stream);
 
+// Conditional nodes came with CUDA 12.4, those of many bodies with 12.8.
+#define ELANG_CONDITIONAL_NODES (CUDART_VERSION >= 12040)
+
+#if ELANG_CONDITIONAL_NODES
+// Kernels as nodes of a graph, each behind another node; null: the first.
+
+constexpr int kMaxCopies = 16;  // of one node
+
+struct Copy {
+  const void* from;
+  void* to;
+  int64_t bytes;
+};
+
+cudaError_t add_copies(cudaGraph_t graph, cudaGraphNode_t behind, const Copy* copies, int count, cudaGraphNode_t* node);
+// Other copies for the next launches of an instantiated graph.
+cudaError_t set_copies(cudaGraphExec_t exec, cudaGraphNode_t node, const Copy* copies, int count);
+
+constexpr int kMaxBuckets = 64;
+
+// Which of Super's graphs is to run: see branch.cuh.
+struct Branch {
+  const int32_t* n_routed;  // [1]
+  int64_t rows;
+  int buckets;
+  int32_t size[kMaxBuckets];  // ascending; the last holds all rows
+  bool with_switch;
+  cudaGraphConditionalHandle handle[kMaxBuckets];  // one, of a SWITCH node; else as many as buckets, each of an IF node
+  unsigned long long* counts;  // [4] rows and routed, counted up here, and two more
+  int64_t* batches;            // [buckets] of each size, counted up here
+};
+cudaError_t add_branch(cudaGraph_t graph, cudaGraphNode_t behind, const Branch& branch, cudaGraphNode_t* node);
+#endif
+
 }  // namespace elang

@@ -1,23 +1,14 @@
 // A count without a stream-wide synchronisation: a kernel writes it to pinned, mapped host memory, where the host polls for
 // it. The C ABI that elang._C calls; an error is a text that lives until the thread's next call, null is success.
-#include <cstdio>
 #include <new>
 
 #include "device.h"
+#include "error.h"
 #include "launch.h"
 #include "mail.h"
 #include "mailbox.h"
 
-namespace {
-
-thread_local char error_text[200];
-
-const char* failed(const char* what, const char* why) {
-  std::snprintf(error_text, sizeof(error_text), "%s failed: %s", what, why);
-  return error_text;
-}
-
-}  // namespace
+using elang::failed;
 
 struct elang_mailbox {
   int device = 0;

@@ -33,12 +33,17 @@ __device__ inline int64_t routed_count(const Order& order) {
   return count;
 }
 
+// The tensors of one launch, each with blocks of its own.
+struct Tensors {
+  int count;
+  UnitRows tensor[kMaxTensors];
+  unsigned first_block[kMaxTensors + 1];  // of each tensor; the last entry is the grid
+};
+
 struct GatherParams {
   Order order;
   int64_t capacity;
-  int tensors;
-  UnitRows tensor[kMaxTensors];
-  unsigned first_block[kMaxTensors + 1];  // of each tensor; the last entry is the grid
+  Tensors of;
 };
 
 struct MergeParams {
@@ -88,15 +93,28 @@ __device__ inline char* packed_row(const UnitRows& rows, int64_t row) {
   return rows.to + (row * rows.row_units << rows.unit_log2);
 }
 
-__global__ void __launch_bounds__(kThreads) gather_kernel(const __grid_constant__ GatherParams p) {
+__device__ inline int tensor_of_block(const Tensors& of) {
   int t = 0;
-  while (blockIdx.x >= p.first_block[t + 1]) ++t;
-  const UnitRows& tensor = p.tensor[t];
+  while (blockIdx.x >= of.first_block[t + 1]) ++t;
+  return t;
+}
+
+__global__ void __launch_bounds__(kThreads) gather_kernel(const __grid_constant__ GatherParams p) {
+  const int t = tensor_of_block(p.of);
+  const UnitRows& tensor = p.of.tensor[t];
   const int64_t count = routed_count(p.order), last = count > 0 ? count - 1 : 0;
   copy_rows(
-      tensor, p.capacity, blockIdx.x - p.first_block[t],
+      tensor, p.capacity, blockIdx.x - p.of.first_block[t],
       [&](int64_t slot) { return tensor.from + row_at(p.order, slot < last ? slot : last) * tensor.row_stride; },
       [&](int64_t slot) { return packed_row(tensor, slot); });
+}
+
+// Each tensor as one row.
+__global__ void __launch_bounds__(kThreads) copy_kernel(const __grid_constant__ Tensors p) {
+  const int t = tensor_of_block(p);
+  const UnitRows& tensor = p.tensor[t];
+  copy_rows(
+      tensor, 1, blockIdx.x - p.first_block[t], [&](int64_t) { return tensor.from; }, [&](int64_t) { return tensor.to; });
 }
 
 __global__ void __launch_bounds__(kThreads) merge_kernel(const __grid_constant__ MergeParams p) {

@@ -281,7 +281,7 @@ void launch(int64_t blocks, const F& kernel) {
   std::iota(order.begin(), order.end(), 0u);
   std::shuffle(order.begin(), order.end(), std::mt19937(++seed));
   std::vector<std::thread> threads;
-  for (int team = 0; team < kBlocksAtOnce; ++team)
+  for (int team = 0; team < std::min<int64_t>(kBlocksAtOnce, blocks); ++team)
     threads.emplace_back([&, team] {
       Block runner(seed * kBlocksAtOnce + team);
       runner.grid = dim3(static_cast<unsigned>(blocks));

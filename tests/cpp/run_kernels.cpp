@@ -3,6 +3,7 @@
 // CASES holds a line a launch, the op's name and its arguments; DATA the arguments' bytes; the results' bytes go to RESULTS.
 // tests/test_kernels_on_host.py writes the first two and knows what to expect.
 #include "cuda_on_host.h"
+#include "graph_on_host.h"
 
 #include <fstream>
 #include <iostream>
@@ -22,6 +23,7 @@ cudaError_t enqueue(void (*kernel)(P), int64_t blocks, size_t shared_bytes, cuda
 }  // namespace
 }  // namespace elang
 
+#include "../../csrc/cuda/graph.cpp"
 #include "../../csrc/cuda/launch.cu"
 #include "../../csrc/cuda/mail.h"
 
@@ -48,6 +50,11 @@ cudaError_t multiprocessors(int* count) {
   *count = 2;
   return cudaSuccess;
 }
+
+const char* cuda_obstacle() { return nullptr; }
+cudaError_t current_stream(int, cudaStream_t* stream) { return *stream = nullptr, cudaSuccess; }
+DeviceGuard::DeviceGuard(int) {}
+DeviceGuard::~DeviceGuard() {}
 
 namespace {
 
@@ -191,6 +198,78 @@ void mail() {
   if (await_mail(box, 2, 60.0, [] { return false; })) throw std::runtime_error("mail: one of a stream that is done");
 }
 
+// Stands in for a captured part: to = from + add.
+struct Step {
+  const int32_t* from;
+  int32_t* to;
+  int32_t add;
+};
+void step_kernel(Step p) {
+  if (threadIdx.x == 0) *p.to = *p.from + p.add;
+}
+
+struct Part {
+  cudaGraph_t graph = nullptr;
+
+  explicit Part(const Step& step) {
+    cudaGraphCreate(&graph, 0);
+    cudaGraphNode_t node;
+    add_node(graph, nullptr, step_kernel, 1, 1, step, &node);
+  }
+  ~Part() { cudaGraphDestroy(graph); }
+};
+
+// A graph whose input says how many rows are routed, and whose answer is 10 for none, or 100 and the size of the bucket.
+void graph() {
+  const bool with_switch = next<bool>();
+  const std::vector<int32_t> sizes = [] {
+    std::vector<int32_t> all(next<int>());
+    for (int32_t& size : all) size = next<int32_t>();
+    return all;
+  }();
+  const int rows = sizes.back(), buckets = static_cast<int>(sizes.size());
+  int32_t routed = 0, bytes_in[5] = {}, n_routed = -1, marked = 0, answer = 0;
+  const int32_t zero = 0;
+  std::vector<int64_t> counts(4), batches(buckets), wanted(buckets);
+  elang_graph* g = nullptr;
+  {
+    const Part decide({&routed, &n_routed, 0}), merge({&marked, &answer, 10});
+    std::vector<std::unique_ptr<Part>> bodies;
+    std::vector<void*> graphs;
+    for (int32_t size : sizes) {
+      bodies.push_back(std::make_unique<Part>(Step{&zero, &marked, 90 + size}));
+      graphs.push_back(bodies.back()->graph);
+    }
+    const elang_graph_parts parts{0, decide.graph, graphs.data(), sizes.data(), buckets, merge.graph, with_switch,
+                                  rows, &n_routed, counts.data(), batches.data()};
+    const elang_graph_tensor in[] = {{&routed, 4}, {bytes_in, sizeof(bytes_in)}}, out[] = {{&answer, 4}, {bytes_in, 20}};
+    if (const char* error = elang_graph_new(&parts, in, 2, out, 2, &g)) throw std::runtime_error(error);
+  }  // the graph has clones of its own
+  int64_t total = 0;
+  std::vector<int> launches{0, 1, rows};
+  for (int32_t size : sizes)
+    if (size == 2 || size == sizes[buckets / 2]) launches.insert(launches.end(), {size, size + 1 < rows ? size + 1 : rows});
+  for (int n : launches) {
+    marked = 0;
+    // Addresses of this launch alone, the second two at odd offsets.
+    const Buffer number(4), answered(4), from(21), to(23);
+    memcpy(number.data, &n, 4);
+    for (int i = 0; i < 20; ++i) from.data[1 + i] = static_cast<char>(n + i);
+    const void* ins[] = {number.data, from.data + 1};
+    void* outs[] = {answered.data, to.data + 3};
+    if (const char* error = elang_graph_launch(g, ins, outs)) throw std::runtime_error(error);
+    const auto bucket = std::lower_bound(sizes.begin(), sizes.end(), n) - sizes.begin();
+    const int32_t want = n == 0 ? 10 : 100 + sizes[bucket];
+    if (n) ++wanted[bucket];
+    total += n;
+    if (memcmp(answered.data, &want, 4) || memcmp(to.data + 3, from.data + 1, 20))
+      throw std::runtime_error("graph: a wrong answer for " + std::to_string(n) + " routed rows");
+  }
+  elang_graph_delete(g);
+  if (counts[0] != rows * static_cast<int64_t>(launches.size()) || counts[1] != total || batches != wanted)
+    throw std::runtime_error("graph: a wrong count");
+}
+
 }  // namespace
 }  // namespace elang
 
@@ -205,6 +284,7 @@ int main(int argc, char** argv) {
     else if (op == "merge") merge();
     else if (op == "extent") extent();
     else if (op == "mail") mail();
+    else if (op == "graph") graph();
     else throw std::runtime_error("unknown op " + op);
     if (!ticket_is_clear()) throw std::runtime_error(op + " left its ticket marked");
   }
