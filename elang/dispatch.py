@@ -80,9 +80,6 @@ class Mode(NamedTuple):
     size_of: Callable[[int, int, Plan], int] | None = None  # rows of Super's batch for so many routed ones, of so many
 
 
-@torch.compiler.disable(  # type: ignore[no-untyped-call, untyped-decorator]
-    reason="the number of routed rows is read on the host; dispatch='capacity' reads none"
-)
 def read(mode: Mode, route: Route, inputs: dict[str, Any], plan: Plan) -> Count:
     """The one host read of a batch, of 8 bytes: see `elang.host_read`.
 
@@ -109,6 +106,12 @@ def read(mode: Mode, route: Route, inputs: dict[str, Any], plan: Plan) -> Count:
         # No routed row has a token: all of it stays. A single column is a shape of its own to a compiler.
         length = min(max(length, 2), columns) if length else columns
     return Count(n_routed, size, everything, None if mask is None else length)
+
+
+# For a compiler to break its graph at; the wrapper costs several microseconds where nothing compiles.
+read_between_graphs = torch.compiler.disable(  # type: ignore[no-untyped-call]
+    read, reason="the number of routed rows is read on the host; dispatch='capacity' reads none"
+)
 
 
 def counted(route: Route, inputs: dict[str, Any], plan: Plan, count: Count) -> Answer:

@@ -71,7 +71,9 @@ def routed_extent(order: Tensor, n_routed: Tensor, mask: Tensor | None) -> tuple
             seen = (mask.data_ptr(), mask.element_size(), is_float, row_stride, col_stride, mask.shape[1])
         partition = (order.data_ptr(), order.stride(0), len(order), n_routed.data_ptr())
         return box.read(*seen, *partition, TIMEOUT)
-    if mask is None:
-        return int(n_routed), 0
+    if mask is None or n_routed.is_cpu:
+        count = int(n_routed)
+        if mask is None or count == 0:
+            return count, 0
     count, length = ops.routed_extent(mask, order, n_routed).tolist()
     return count, length

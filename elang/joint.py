@@ -101,6 +101,7 @@ class JointClassifier(nn.Module):
         contract.refuse_other_heads(super_, "super_")
         self.swift = swift
         self.super_ = super_
+        self._models = ("swift", swift), ("super_", super_)  # found without nn.Module's search for attributes
         self.dispatch = dispatch
         self.capacity = capacity
         self.counts = Counts()
@@ -175,11 +176,13 @@ class JointClassifier(nn.Module):
             route = self.decide(inputs)
             of_mode = MODES[mode]
             # Read here and nowhere deeper: this is where a compiled joint model breaks its graph, in two and no more.
-            count = None if of_mode.size_of is None else modes.read(of_mode, route, inputs, self.plan)
+            read = modes.read_between_graphs if torch.compiler.is_compiling() else modes.read
+            count = None if of_mode.size_of is None else read(of_mode, route, inputs, self.plan)
             logits, output, overflow, degraded = of_mode.run(route, inputs, self.plan, count)
             _, score, order, n_routed = route
         # One dtype whoever answered: under autocast Super answers in another than its own.
-        logits = logits.to(self.dtype)
+        if logits.dtype != (dtype := self.dtype):
+            logits = logits.to(dtype)
         loss = None if labels is None else F.cross_entropy(logits, labels.to(logits.device).view(-1))
         output_class = type(output) if isinstance(output, ModelOutput) else self._output_class
         answer = output_class(loss=loss, logits=logits)
@@ -207,7 +210,7 @@ class JointClassifier(nn.Module):
 
     def check_eval(self) -> None:
         """Raises RuntimeError if a model is in training mode, where it would answer at random."""
-        for name, model in (("swift", self.swift), ("super_", self.super_)):
+        for name, model in self._models:
             if getattr(model, "training", False):
                 raise RuntimeError(
                     f"{name}: in training mode, wanted eval mode: call .eval() on it or on the joint model"
@@ -255,7 +258,7 @@ class JointClassifier(nn.Module):
             TypeError: a model without `save_pretrained`.
         """
         folder = Path(folder)
-        for name, model in (("swift", self.swift), ("super_", self.super_)):
+        for name, model in self._models:
             if not hasattr(model, "save_pretrained"):
                 raise TypeError(f"{name}: got {type(model).__name__}, wanted a model with save_pretrained")
         threshold = self.router.threshold.item()
