@@ -2,21 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from statistics import median
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification
 
 from elang import JointClassifier, Router
 from elang.evaluation.flops import row_flops
-from elang.evaluation.timing import NaiveCascade, alternate, dispatch_efficiency, eta, medians, routed_inputs
+from elang.evaluation.timing import (
+    NaiveCascade,
+    PerSampleLoop,
+    alternate,
+    dispatch_efficiency,
+    eta,
+    routed_inputs,
+)
 
 LENGTH = 128
 SHARE_ROUTED = 0.32  # the average of the paper's BERT table
 ROWS = 32  # at least; one batch at the largest batch size
+ROWS_OF_MODES = 8
 ROUNDS = 5
 ROUNDS_WITH_SUPER = 2  # of these, with Super on everything, which takes most of the time
+ROUNDS_OF_SWIFT = 40  # where nothing is routed, which takes little
+CAPACITY = 0.5
+
+Batch = dict[str, Tensor]
+Model = Callable[..., Any]
 
 
 def bert(**sizes) -> BertForSequenceClassification:
@@ -31,7 +49,7 @@ def pair():
     return bert(**tiny), bert()
 
 
-def rows(lengths: str, count: int) -> dict[str, torch.Tensor]:
+def rows(lengths: str, count: int) -> Batch:
     generator = torch.Generator().manual_seed(1)
     size = torch.full((count,), LENGTH)
     if lengths == "ragged":
@@ -41,7 +59,7 @@ def rows(lengths: str, count: int) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def batches(inputs: dict[str, torch.Tensor], batch: int) -> list[dict[str, torch.Tensor]]:
+def batches(inputs: Batch, batch: int) -> list[Batch]:
     """As a tokenizer pads them: each batch to its longest row."""
     split = zip(*(value.split(batch) for value in inputs.values()), strict=True)
     out = []
@@ -51,52 +69,110 @@ def batches(inputs: dict[str, torch.Tensor], batch: int) -> list[dict[str, torch
     return out
 
 
+def threshold_for(joint: JointClassifier, split: list[Batch], share_routed: float) -> None:
+    """Route this share of the rows, by their own scores."""
+    joint.router.set_threshold(float("-inf"))
+    score = torch.cat([joint(**b).routing.score for b in split]).sort().values
+    count = round(share_routed * len(score))
+    joint.router.set_threshold(float("inf") if count == len(score) else score[count].item())
+
+
+def measured(
+    joints: dict[str, Model], swift: Model, super_: Model, others: dict[str, Model], split: list[Batch], rounds: int
+) -> dict[str, Any]:
+    """Seconds over all batches of each model, of Super on everything ("super") and on just the routed rows
+    ("super_routed"); p50 and p99 of a call of each joint model; which rows were routed.
+    """
+    total: dict[str, float] = {}
+    calls: dict[str, list[float]] = {name: [] for name in joints}
+    routed_rows = []
+    for b in split:
+        routing = next(iter(joints.values()))(**b).routing
+        routed = routing.order[: int(routing.n_routed)]
+        runs = {name: partial(model, **b) for name, model in {**joints, **others, "swift": swift}.items()}
+        if len(routed):
+            runs["super_routed"] = partial(super_, **routed_inputs(b, routed))
+        seconds = alternate({**runs, "super": partial(super_, **b)}, ROUNDS_WITH_SUPER)
+        for name, more in alternate(runs, rounds - ROUNDS_WITH_SUPER, warm_up=0).items():
+            seconds[name] += more
+        for name, each in seconds.items():
+            total[name] = total.get(name, 0.0) + median(each)
+        for name in joints:
+            calls[name] += seconds[name]
+        routed_rows.append(torch.isin(torch.arange(len(routing.order)), routed))
+    latency = {name: {f"p{q}": float(np.percentile(each, q)) for q in (50, 99)} for name, each in calls.items()}
+    return {"seconds": {"super_routed": 0.0, **total}, "latency": latency, "routed": torch.cat(routed_rows)}
+
+
+def ratios(pair: tuple[Any, Any], own_length: Tensor, seconds: dict[str, float], routed: Tensor, joint: str) -> dict:
+    """Of one joint model; by the definitions of `elang.evaluation.timing`."""
+    swift_flops, super_flops = (row_flops(model, own_length) for model in pair)
+    flops = float(super_flops.sum()), float(swift_flops.sum() + super_flops[routed.numpy()].sum())
+    ideal = seconds["swift"] + seconds["super_routed"]
+    return {
+        "dispatch_efficiency": dispatch_efficiency(seconds["swift"], seconds["super_routed"], seconds[joint]),
+        "speedup_naive": seconds["naive"] / seconds[joint],
+        "speedup_super": seconds["super"] / seconds[joint],
+        "speedup_flops": flops[0] / flops[1],
+        "eta": eta(seconds["super"], seconds[joint], *flops),
+        "eta_ceiling": eta(seconds["super"], ideal, *flops),
+    }
+
+
 @pytest.mark.parametrize("batch", [1, 4, 16, 64])
 @pytest.mark.parametrize("lengths", ["fixed", "ragged"])
 @torch.inference_mode()
 def test_joint(benchmark, record, pair, lengths, batch):
-    swift, super_ = pair
     inputs = rows(lengths, max(ROWS, batch))
-    router = Router("energy", threshold=float("-inf"))
-    joint = JointClassifier(swift, super_, router)
-    score = torch.cat([joint(**b).routing.score for b in batches(inputs, batch)])
-    router.set_threshold(score.quantile(SHARE_ROUTED).item())
-    naive = NaiveCascade(swift, super_, router)
-
-    total = dict.fromkeys(("joint", "naive", "swift", "super", "super_routed"), 0.0)
-    routed_rows = []
-    for b in batches(inputs, batch):
-        routing = joint(**b).routing
-        routed = routing.order[: int(routing.n_routed)]
-        runs = {name: partial(model, **b) for name, model in (("joint", joint), ("naive", naive), ("swift", swift))}
-        if len(routed):
-            runs["super_routed"] = partial(super_, **routed_inputs(b, routed))
-        measured = alternate({**runs, "super": partial(super_, **b)}, ROUNDS_WITH_SUPER)
-        for name, seconds in alternate(runs, ROUNDS - ROUNDS_WITH_SUPER, warm_up=0).items():
-            measured[name] += seconds
-        for name, seconds in medians(measured).items():
-            total[name] += seconds
-        routed_rows.append(torch.isin(torch.arange(len(routing.order)), routed))
-
-    own_length = inputs["attention_mask"].sum(dim=1)
-    swift_flops, super_flops = row_flops(swift, own_length), row_flops(super_, own_length)
-    joint_flops = swift_flops.sum() + super_flops[torch.cat(routed_rows).numpy()].sum()
-    ideal_seconds = total["swift"] + total["super_routed"]
+    split = batches(inputs, batch)
+    joint = JointClassifier(*pair, Router("energy", threshold=0.0))
+    threshold_for(joint, split, SHARE_ROUTED)
+    found = measured({"joint": joint}, *pair, {"naive": NaiveCascade(*pair, joint.router)}, split, ROUNDS)
+    own_length, routed = inputs["attention_mask"].sum(dim=1), found["routed"]
+    cell = {"batch": batch, "lengths": lengths, "rows": len(own_length), "share_routed": routed.float().mean().item()}
     record(
-        "joint",
-        {
-            "batch": batch,
-            "lengths": lengths,
-            "rows": len(own_length),
-            "share_routed": torch.cat(routed_rows).float().mean().item(),
-            "seconds": total,
-            "dispatch_efficiency": dispatch_efficiency(total["swift"], total["super_routed"], total["joint"]),
-            "speedup_naive": total["naive"] / total["joint"],
-            "speedup_super": total["super"] / total["joint"],
-            "speedup_flops": float(super_flops.sum() / joint_flops),
-            "eta": eta(total["super"], total["joint"], float(super_flops.sum()), float(joint_flops)),
-            "eta_ceiling": eta(total["super"], ideal_seconds, float(super_flops.sum()), float(joint_flops)),
-        },
+        "joint", {**cell, "seconds": found["seconds"], **ratios(pair, own_length, found["seconds"], routed, "joint")}
     )
-    first = batches(inputs, batch)[0]
-    benchmark.pedantic(joint, kwargs=first, rounds=3, warmup_rounds=1)
+    benchmark.pedantic(joint, kwargs=split[0], rounds=3, warmup_rounds=1)
+
+
+@pytest.mark.parametrize("batch", [1, ROWS_OF_MODES])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@torch.inference_mode()
+def test_modes(benchmark, record, pair, compiled, batch):
+    """Each mode at every share routed, on ragged rows, against the parts in the same compile mode."""
+    torch._dynamo.reset()
+    as_run = partial(torch.compile, dynamic=True) if compiled else lambda model: model
+    inputs = rows("ragged", ROWS_OF_MODES)
+    split, own_length = batches(inputs, batch), inputs["attention_mask"].sum(dim=1)
+    router = Router("energy", threshold=0.0)
+    options = {"exact": {}, "bucket": {}, "capacity": {"capacity": CAPACITY}}
+    plain = {mode: JointClassifier(*pair, router, mode, **of_mode) for mode, of_mode in options.items()}
+    joints = {mode: as_run(joint) for mode, joint in plain.items()}
+    swift, super_ = map(as_run, pair)
+    others = {"naive": NaiveCascade(swift, super_, router)}
+    if not compiled:
+        others["per_sample"] = PerSampleLoop(swift, super_, router)
+    for share in (0.0, 0.1, 0.32, 0.5, 1.0):
+        threshold_for(plain["exact"], split, share)
+        padding = {mode: padding_of(joint, split) for mode, joint in plain.items()}
+        found = measured(joints, swift, super_, others, split, ROUNDS if share else ROUNDS_OF_SWIFT)
+        seconds, routed = found["seconds"], found["routed"]
+        for mode in joints:
+            cell = {"compiled": compiled, "batch": batch, "rows": len(own_length), "mode": mode}
+            cell |= {"share_routed": routed.float().mean().item(), "seconds": {**seconds, "joint": seconds[mode]}}
+            if "per_sample" in seconds:
+                cell["speedup_per_sample"] = seconds["per_sample"] / seconds[mode]
+            cell |= {"latency": found["latency"][mode], "padding": padding[mode]}
+            record("modes", {**cell, **ratios(pair, own_length, seconds, routed, mode)})
+    benchmark.pedantic(joints["exact"], kwargs=split[0], rounds=3, warmup_rounds=1)
+
+
+def padding_of(joint: JointClassifier, split: list[Batch]) -> int:
+    """Rows that Super sees beyond the routed ones it answers."""
+    before = joint.stats
+    for b in split:
+        joint(**b)
+    after = joint.stats
+    seen = sum(size * (count - before.buckets.get(size, 0)) for size, count in after.buckets.items())
+    return seen - (after.routed - after.overflow) + (before.routed - before.overflow)

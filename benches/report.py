@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 RESULTS = Path(__file__).parent / "results"
 ROUTE_BARS = (4.0, 2.5, 1.0)  # float32, over eager: geometric mean over C <= 3, over all cells, and the least
 EFFICIENCY_BAR = 0.97
+OVERHEAD_BAR = 1.02  # time over Swift alone where nothing is routed
 # On a GPU, bfloat16, H = 768: times of a bare kernel of the same grid, and over the chains; shares of copy bandwidth.
 SKELETON_BAR, STATIC_BAR, EAGER_BAR = 1.3, 4.0, 10.0
 ROUTE_BANDWIDTH_BAR, GATHER_BAR = 0.80, 0.85
@@ -68,7 +69,7 @@ def _device(path: Path) -> dict[str, Any]:
     }
 
 
-CPU_BENCHES = ("route", "vocab", "joint")
+CPU_BENCHES = ("route", "vocab", "joint", "modes")
 
 
 def results_file(bench: str = "") -> Path:
@@ -197,6 +198,38 @@ def _joint(console: Console, cells: list[dict[str, Any]]) -> None:
     console.print(table)
 
 
+def _modes(console: Console, cells: list[dict[str, Any]]) -> None:
+    table = _table(
+        *(
+            "run",
+            "batch",
+            "share routed",
+            "mode",
+            "dispatch efficiency",
+            "time over Swift's",
+            "x naive",
+            "x per sample",
+        ),
+        *("x Super", "eta", "eta ceiling", "p50 ms", "p99 ms", "padding rows"),
+    )
+    for c in cells:
+        table.add_row(
+            "compiled" if c["compiled"] else "eager", str(c["batch"]), f"{c['share_routed']:.2f}", c["mode"],
+            f"{c['dispatch_efficiency']:.2f}", f"{c['seconds']['joint'] / c['seconds']['swift']:.3f}",
+            f"{c['speedup_naive']:.2f}", f"{c['speedup_per_sample']:.2f}" if "speedup_per_sample" in c else "",
+            *(f"{c[name]:.2f}" for name in ("speedup_super", "eta", "eta_ceiling")),
+            *(f"{c['latency'][q] * 1e3:.1f}" for q in ("p50", "p99")), str(c["padding"]),
+        )  # fmt: skip
+    console.print(table)
+    barred = [c for c in cells if c["mode"] != "capacity"]
+    least = min(c["dispatch_efficiency"] for c in barred)
+    nothing = max(c["seconds"]["joint"] / c["seconds"]["swift"] for c in barred if c["share_routed"] == 0)
+    console.print(
+        f"but of capacity: least dispatch efficiency {_mark(least, EFFICIENCY_BAR)}; nothing routed, most time over "
+        f"Swift's {_mark_most(nothing, OVERHEAD_BAR, 3)}"
+    )
+
+
 def _route_latency(console: Console, cells: list[dict[str, Any]]) -> None:
     table = _table(
         *("rows", "C", "in graph us", "x skeleton", "x static chain", "x torch.compile", "x triton twin"),
@@ -264,6 +297,7 @@ SECTIONS = {
     "route": _route,
     "vocab": _vocab,
     "joint": _joint,
+    "modes": _modes,
     "vocab_cuda": _vocab_cuda,
     "route_latency": _route_latency,
     "route_bandwidth": _route_bandwidth,

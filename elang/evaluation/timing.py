@@ -98,3 +98,24 @@ class NaiveCascade:
         if len(rows):
             logits[rows] = logits_of(self.super_(**{name: v[rows] for name, v in inputs.items()}))
         return logits
+
+
+class PerSampleLoop:
+    """As the authors' released code runs a batch: row by row at batch size 1, waiting for each row's score on the host.
+
+    Called as `NaiveCascade` is. A row's trailing padding is cut, as it would be at batch size 1.
+    """
+
+    def __init__(self, swift: Callable[..., Any], super_: Callable[..., Any], router: Router) -> None:
+        self.swift, self.super_, self.router = swift, super_, router
+
+    @torch.no_grad()
+    def __call__(self, **inputs: Tensor) -> Tensor:
+        answers = []
+        for row in range(len(inputs["attention_mask"])):
+            one = routed_inputs(inputs, torch.tensor([row]))
+            logits = logits_of(self.swift(**one))
+            score = score_logits(logits, self.router.score, self.router.temperature)
+            kept = score.item() >= self.router.threshold.item()
+            answers.append(logits if kept else logits_of(self.super_(**one)))
+        return torch.cat(answers)

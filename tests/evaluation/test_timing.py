@@ -6,7 +6,15 @@ import pytest
 import tiny_models
 import torch
 
-from elang.evaluation.timing import NaiveCascade, alternate, dispatch_efficiency, eta, medians, routed_inputs
+from elang.evaluation.timing import (
+    NaiveCascade,
+    PerSampleLoop,
+    alternate,
+    dispatch_efficiency,
+    eta,
+    medians,
+    routed_inputs,
+)
 from elang.joint import JointClassifier
 from elang.router import Router
 
@@ -76,6 +84,8 @@ def test_naive_cascade_answers_as_the_joint_model_does(kept):
     expected = joint(**batch)
     assert int(expected.routing.n_routed) == {"none": 6, "some": 3, "all": 0}[kept]
     torch.testing.assert_close(NaiveCascade(swift, super_, joint.router)(**batch), expected.logits)
+    row_by_row = PerSampleLoop(swift, super_, joint.router)(**batch)
+    torch.testing.assert_close(row_by_row, expected.logits, rtol=1e-4, atol=1e-5)
 
 
 def test_naive_cascade_calls_super_once_untrimmed():
