@@ -38,6 +38,9 @@ VOCAB_LINEAR_BAR, VOCAB_BARS, VOCAB_MEMORY_BAR = 1.15, {64: 1.15, 512: 1.3}, 0.0
 # On a GPU, bfloat16: speed-up over the fastest peer, share of the measured matrix rate at 4096 rows, share of copy
 # bandwidth up to 16 rows.
 PEER_BAR, MATRIX_BAR, HEAD_BANDWIDTH_BAR = 1.0, 0.75, 0.80
+# On a GPU: dispatch efficiency, speed-up over the naive cascade up to 16 rows, microseconds past a graphed Swift and an
+# empty branch where nothing is routed.
+GRAPH_EFFICIENCY_BARS, GRAPH_NAIVE_BAR, GRAPH_OVERHEAD_BAR = {"graph": 0.95, "exact": 0.85}, 1.5, 5.0
 NAIVE_BARS = {4: 1.12, 16: 1.05, 64: 1.0}  # batch -> the least speed-up over the naive cascade on ragged batches
 
 
@@ -285,6 +288,24 @@ def _microseconds(console: Console, cells: list[dict[str, Any]]) -> None:
     console.print(table)
 
 
+def _joint_cuda(console: Console, cells: list[dict[str, Any]]) -> None:
+    table = _table(
+        *("batch", "share routed", "graph us", "exact us", "naive us", "efficiency of graph", "of exact", "x naive"),
+        "overhead us",
+    )
+    for c in cells:
+        us, ideal = ({name: spread["p50"] for name, spread in c[key].items()} for key in ("microseconds", "ideal"))
+        naive = us["naive"] / us["graph"]
+        overhead = us["graph"] - ideal["graph"] - c["branch_microseconds"]
+        table.add_row(
+            str(c["batch"]), f"{c['share_routed']:.2f}", *(f"{us[name]:.1f}" for name in ("graph", "exact", "naive")),
+            *(_mark(ideal[m] / us[m], bar) if m in us else "" for m, bar in GRAPH_EFFICIENCY_BARS.items()),
+            _mark(naive, GRAPH_NAIVE_BAR) if c["batch"] <= 16 else f"{naive:.2f}",
+            "" if c["share_routed"] else _mark_most(overhead, GRAPH_OVERHEAD_BAR),
+        )  # fmt: skip
+    console.print(table)
+
+
 def _checks(console: Console, cells: list[dict[str, Any]]) -> None:
     table = _table("stage", "result", "seconds", "what it said")
     for c in cells:
@@ -302,8 +323,10 @@ SECTIONS = {
     "route_latency": _route_latency,
     "route_bandwidth": _route_bandwidth,
     "rows": _rows,
+    "joint_cuda": _joint_cuda,
     "batch": _microseconds,
     "host_read": _microseconds,
+    "branch": _microseconds,
 }
 
 

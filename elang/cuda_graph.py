@@ -105,13 +105,17 @@ def _leaves(tensor: Tensor) -> Iterator[Tensor]:
 
 
 class Cuda:
-    """Captures and launches on one device, one launch after the other: all graphs share one pool of memory."""
+    """Captures and launches on one device, one launch after the other: all graphs share one pool of memory.
 
-    def __init__(self, device: torch.device) -> None:
+    Args:
+        nodes: "switch" or "if", to have the bucket picked by conditional nodes of this kind; None: the best there are.
+    """
+
+    def __init__(self, device: torch.device, nodes: str | None = None) -> None:
         if device.type != "cuda":
             raise RuntimeError(f"dispatch: 'graph' cannot run on {device}, wanted a CUDA device; dispatch='exact' can")
         self.device = device
-        self._with_switch = import_module("elang._C").graph_nodes(str(backend.LIBRARY)) == "switch"
+        self._with_switch = (nodes or import_module("elang._C").graph_nodes(str(backend.LIBRARY))) == "switch"
         self._pool = torch.cuda.graph_pool_handle()
         self._capturing = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._launched: torch.cuda.Stream | None = None  # where the last launch went
