@@ -8,7 +8,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from elang.backbones import logits_of
 
 OnError = Literal["raise", "swift"]
 ON_ERROR = ("raise", "swift")
+MAX_LATE = 16
 
 _log = logging.getLogger(__name__)
 
@@ -27,6 +28,26 @@ class Reply(NamedTuple):
     output: Any  # what Super returned; of a batch run in halves, what it returned for the first
 
 
+class _Late:
+    """The calls of one Super that timed out and still run. A copy of it starts with none."""
+
+    def __init__(self) -> None:
+        self._threads: list[threading.Thread] = []
+        self._lock = threading.Lock()
+
+    def add(self, thread: threading.Thread) -> None:
+        with self._lock:
+            self._threads.append(thread)
+
+    def count(self) -> int:
+        with self._lock:
+            self._threads = [thread for thread in self._threads if thread.is_alive()]
+            return len(self._threads)
+
+    def __reduce__(self) -> tuple[type[_Late], tuple[()]]:
+        return _Late, ()
+
+
 @dataclass(frozen=True)
 class SuperModel:
     """Calls Super on K rows and has its logits [K, C] back.
@@ -34,13 +55,15 @@ class SuperModel:
     A call that runs out of memory is tried once more in two halves (of the tensors with K rows), unless it is part of a
     compiled graph. What fails after that, or takes longer than `timeout` seconds in a call, is raised, or with
     `on_error="swift"` logged and answered with no logits. A call that timed out goes on in a thread of its own,
-    unheard: nothing can stop it. An answer of the wrong type or shape is always raised.
+    unheard: nothing can stop it. While `MAX_LATE` of them do, every call fails at once. An answer of the wrong type or
+    shape is always raised.
     """
 
     model: Callable[..., Any]
     device: torch.device | None = None  # where inputs are sent; None: they stay where they are
     on_error: OnError = "raise"
     timeout: float | None = None
+    late: _Late = field(default_factory=_Late, init=False, repr=False, compare=False)
 
     def __call__(self, inputs: Mapping[str, Any], rows: int, classes: int, home: torch.device) -> Reply:
         if self.guarded:
@@ -96,7 +119,7 @@ class SuperModel:
         """One call, all of whose errors are the caller's."""
         if self.device is not None:
             inputs = {name: _sent(v, self.device) if isinstance(v, Tensor) else v for name, v in inputs.items()}
-        output = self.model(**inputs) if self.timeout is None else _within(self.timeout, self.model, inputs)
+        output = self.model(**inputs) if self.timeout is None else _within(self.timeout, self.model, inputs, self.late)
         try:
             logits = logits_of(output)
         except TypeError as error:
@@ -151,12 +174,14 @@ def _as_in(state: tuple[bool, bool, list[tuple[str, torch.dtype]], torch.cuda.St
         yield
 
 
-def _within(seconds: float, model: Callable[..., Any], inputs: Mapping[str, Any]) -> Any:
+def _within(seconds: float, model: Callable[..., Any], inputs: Mapping[str, Any], late: _Late) -> Any:
     """The model's answer, from a thread that can be left behind.
 
     Raises:
-        TimeoutError: it took longer.
+        TimeoutError: it took longer, or too many that did still run.
     """
+    if (still := late.count()) >= MAX_LATE:
+        raise TimeoutError(f"super_: {still} calls that timed out still run, no other is made beside them")
     answers: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
     state = (
         torch.is_grad_enabled(),
@@ -174,10 +199,12 @@ def _within(seconds: float, model: Callable[..., Any], inputs: Mapping[str, Any]
         except BaseException as error:
             answers.put((None, error))
 
-    threading.Thread(target=run, name="elang-super", daemon=True).start()
+    thread = threading.Thread(target=run, name="elang-super", daemon=True)
+    thread.start()
     try:
         output, error = answers.get(timeout=seconds)
     except queue.Empty:
+        late.add(thread)
         raise TimeoutError(f"super_: no answer within {seconds:g} s") from None
     try:
         if error is not None:

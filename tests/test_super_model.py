@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import threading
 import time
@@ -13,6 +14,7 @@ import tiny_models
 import torch
 from torch import Tensor
 
+from elang import super_model
 from elang.joint import JointClassifier
 from elang.router import Router
 from elang.super_model import SuperModel
@@ -137,6 +139,27 @@ def test_a_super_that_does_not_answer_is_left_behind(inputs):
     assert SuperModel(hangs, on_error="swift", timeout=0.05)(inputs, 6, 3, HOME).logits is None
     assert time.monotonic() - start < 20
     release.set()
+
+
+def test_no_more_calls_are_left_behind_than_a_service_can_bear(inputs, monkeypatch):
+    monkeypatch.setattr(super_model, "MAX_LATE", 2)
+    release, calls = threading.Event(), []
+
+    def hangs(**_: Any) -> Tensor:
+        calls.append(threading.current_thread())
+        release.wait(30)
+        return torch.zeros(6, 3)
+
+    model = SuperModel(hangs, timeout=0.05)
+    for message in ("no answer within", "no answer within", "2 calls that timed out still run"):
+        with pytest.raises(TimeoutError, match=message):
+            model(inputs, 6, 3, HOME)
+    assert len(calls) == 2
+    assert copy.deepcopy(model).late.count() == 0
+    release.set()
+    for thread in calls:
+        thread.join()
+    assert model(inputs, 6, 3, HOME).logits is not None
 
 
 def test_a_timeout_changes_neither_the_answer_nor_the_state_that_super_runs_in(super_, inputs):
