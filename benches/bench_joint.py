@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification
 
 from elang import JointClassifier, Router
+from elang.dispatch import BUCKETS, bucket_of
 from elang.evaluation.flops import row_flops
 from elang.evaluation.timing import (
     NaiveCascade,
@@ -29,7 +30,7 @@ SHARE_ROUTED = 0.32  # the average of the paper's BERT table
 ROWS = 32  # at least; one batch at the largest batch size
 ROWS_OF_MODES = 8
 ROUNDS = 5
-ROUNDS_WITH_SUPER = 2  # of these, with Super on everything, which takes most of the time
+ROUNDS_WITH_SUPER = 2  # of Super on everything, which takes most of the time
 ROUNDS_OF_SWIFT = 40  # where nothing is routed, which takes little
 CAPACITY = 0.5
 
@@ -70,18 +71,19 @@ def batches(inputs: Batch, batch: int) -> list[Batch]:
 
 
 def threshold_for(joint: JointClassifier, split: list[Batch], share_routed: float) -> None:
-    """Route this share of the rows, by their own scores."""
+    """Route this share of the rows; half way between two of their scores, as compiled they come out a little other."""
     joint.router.set_threshold(float("-inf"))
     score = torch.cat([joint(**b).routing.score for b in split]).sort().values
     count = round(share_routed * len(score))
-    joint.router.set_threshold(float("inf") if count == len(score) else score[count].item())
+    edges = torch.cat([torch.tensor([float("-inf")]), score, torch.tensor([float("inf")])])
+    joint.router.set_threshold(edges[count : count + 2].mean().item())
 
 
 def measured(
     joints: dict[str, Model], swift: Model, super_: Model, others: dict[str, Model], split: list[Batch], rounds: int
 ) -> dict[str, Any]:
-    """Seconds over all batches of each model, of Super on everything ("super") and on just the routed rows
-    ("super_routed"); p50 and p99 of a call of each joint model; which rows were routed.
+    """Seconds over all batches of each model, of Super on everything ("super"), just the routed rows ("super_routed")
+    and these with the padding of a bucket ("super_bucket"); p50 and p99 of a joint model's calls; which were routed.
     """
     total: dict[str, float] = {}
     calls: dict[str, list[float]] = {name: [] for name in joints}
@@ -90,18 +92,28 @@ def measured(
         routing = next(iter(joints.values()))(**b).routing
         routed = routing.order[: int(routing.n_routed)]
         runs = {name: partial(model, **b) for name, model in {**joints, **others, "swift": swift}.items()}
+        size = bucket_of(len(routed), len(routing.order), BUCKETS)
         if len(routed):
             runs["super_routed"] = partial(super_, **routed_inputs(b, routed))
-        seconds = alternate({**runs, "super": partial(super_, **b)}, ROUNDS_WITH_SUPER)
-        for name, more in alternate(runs, rounds - ROUNDS_WITH_SUPER, warm_up=0).items():
-            seconds[name] += more
+        if size > len(routed):
+            padded = torch.cat([routed, routed[-1:].expand(size - len(routed))])
+            runs["super_bucket"] = partial(super_, **routed_inputs(b, padded))
+        # What runs Super whatever is routed has a turn of its own: it leaves the others a cold cache.
+        whole = {"super": partial(super_, **b)} | {name: runs.pop(name) for name in list(runs) if name == "capacity"}
+        seconds = {**alternate(runs, rounds), **alternate(whole, ROUNDS_WITH_SUPER)}
+        if size == len(routed) > 0:
+            seconds["super_bucket"] = seconds["super_routed"]
         for name, each in seconds.items():
             total[name] = total.get(name, 0.0) + median(each)
         for name in joints:
             calls[name] += seconds[name]
         routed_rows.append(torch.isin(torch.arange(len(routing.order)), routed))
     latency = {name: {f"p{q}": float(np.percentile(each, q)) for q in (50, 99)} for name, each in calls.items()}
-    return {"seconds": {"super_routed": 0.0, **total}, "latency": latency, "routed": torch.cat(routed_rows)}
+    return {
+        "seconds": {"super_routed": 0.0, "super_bucket": 0.0, **total},
+        "latency": latency,
+        "routed": torch.cat(routed_rows),
+    }
 
 
 def ratios(pair: tuple[Any, Any], own_length: Tensor, seconds: dict[str, float], routed: Tensor, joint: str) -> dict:
@@ -111,6 +123,7 @@ def ratios(pair: tuple[Any, Any], own_length: Tensor, seconds: dict[str, float],
     ideal = seconds["swift"] + seconds["super_routed"]
     return {
         "dispatch_efficiency": dispatch_efficiency(seconds["swift"], seconds["super_routed"], seconds[joint]),
+        "efficiency_past_padding": dispatch_efficiency(seconds["swift"], seconds["super_bucket"], seconds[joint]),
         "speedup_naive": seconds["naive"] / seconds[joint],
         "speedup_super": seconds["super"] / seconds[joint],
         "speedup_flops": flops[0] / flops[1],

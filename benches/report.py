@@ -224,13 +224,15 @@ def _modes(console: Console, cells: list[dict[str, Any]]) -> None:
             *(f"{c['latency'][q] * 1e3:.1f}" for q in ("p50", "p99")), str(c["padding"]),
         )  # fmt: skip
     console.print(table)
-    barred = [c for c in cells if c["mode"] != "capacity"]
-    least = min(c["dispatch_efficiency"] for c in barred)
-    nothing = max(c["seconds"]["joint"] / c["seconds"]["swift"] for c in barred if c["share_routed"] == 0)
-    console.print(
-        f"but of capacity: least dispatch efficiency {_mark(least, EFFICIENCY_BAR)}; nothing routed, most time over "
-        f"Swift's {_mark_most(nothing, OVERHEAD_BAR, 3)}"
-    )
+    for mode in ("exact", "bucket"):
+        of_mode = [c for c in cells if c["mode"] == mode]
+        least = min(c["dispatch_efficiency"] for c in of_mode)
+        unpadded = min(c["efficiency_past_padding"] for c in of_mode)
+        nothing = max(c["seconds"]["joint"] / c["seconds"]["swift"] for c in of_mode if c["share_routed"] == 0)
+        console.print(
+            f"{mode}: least dispatch efficiency {_mark(least, EFFICIENCY_BAR)}, past its padding {unpadded:.2f}; "
+            f"nothing routed, most time over Swift's {_mark_most(nothing, OVERHEAD_BAR, 3)}"
+        )
 
 
 def _route_latency(console: Console, cells: list[dict[str, Any]]) -> None:
