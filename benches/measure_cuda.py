@@ -68,6 +68,23 @@ def between_events(run: Callable[[int], Any], rounds: int = ROUNDS) -> Spread:
     return _spread(samples)
 
 
+def queued(run: Callable[[], Any], rounds: int = ROUNDS) -> Spread:
+    """As `between_events`, queued behind work that lasts longer than queueing does: without launch gaps."""
+    for _ in range(3):
+        run()
+    samples = []
+    for _ in range(rounds):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(10_000_000)  # clock cycles: some 5 ms
+        start.record()
+        for _ in range(LAUNCHES):
+            run()
+        end.record()
+        end.synchronize()
+        samples.append(start.elapsed_time(end) * 1e3 / LAUNCHES)
+    return _spread(samples)
+
+
 def on_the_clock(variants: Mapping[str, Callable[[], Any]], rounds: int = 300) -> dict[str, Spread]:
     """Microseconds of the host's clock from an idle device to the end of the call, its results on the device."""
     samples: dict[str, list[float]] = {name: [] for name in variants}

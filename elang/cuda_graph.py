@@ -11,12 +11,13 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from importlib import import_module
 from itertools import chain
 from operator import is_
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
+from weakref import finalize
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,9 @@ MEMORY = 4 << 30  # bytes that the graphs of one joint model may take, unless it
 MAX_BUCKETS = 64  # csrc/cuda/launch.h
 WARM_UPS = 2  # runs before a capture, in which libraries choose and allocate what they will keep
 
+RANDOM_TRIES = 3  # that random numbers were drawn may be another thread's doing, but not each time
+
+_building = threading.Lock()
 _log = logging.getLogger(__name__)
 
 
@@ -76,7 +80,7 @@ class Weights:
     Holds on to that memory: what a graph reads cannot become somebody else's while it is launched.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: Model | nn.Module) -> None:
         self._entries = [d for m in module.modules() for d in (m._parameters, m._buffers, m._modules) if d]
         self._seen = list(self._now())
         self._tensors = [leaf for entry in self._seen if isinstance(entry, Tensor) for leaf in _leaves(entry)]
@@ -117,17 +121,20 @@ class Cuda:
         self.device = device
         self._with_switch = (nodes or import_module("elang._C").graph_nodes(str(backend.LIBRARY))) == "switch"
         self._pool = torch.cuda.graph_pool_handle()
-        self._capturing = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        # torch deals out streams in turn, each to many: of this priority nobody else's may be.
+        self._capturing = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+        # Another, so that what a library allocates for its stream for good is the pool's.
+        self._warming = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._launched: torch.cuda.Stream | None = None  # where the last launch went
         self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]  # recorded behind it
 
     def warm_up(self, run: Callable[[], Any]) -> Any:
         current = torch.cuda.current_stream(self.device)
-        self._capturing.wait_stream(current)
-        with torch.cuda.stream(self._capturing):
+        self._warming.wait_stream(current)
+        with torch.cuda.stream(self._warming):
             for _ in range(WARM_UPS):
                 result = run()
-        current.wait_stream(self._capturing)
+        current.wait_stream(self._warming)
         return result
 
     def random_state(self) -> list[Tensor]:
@@ -136,11 +143,23 @@ class Cuda:
     def capture(self, run: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any, int]:
         """The graph of what `run` launches, its result, and the bytes by which the pool has grown."""
         graph = torch.cuda.CUDAGraph(keep_graph=True)
-        torch.cuda.empty_cache()
-        before = torch.cuda.memory_reserved(self.device)
-        with torch.cuda.graph(graph, self._pool, self._capturing, capture_error_mode="thread_local"):
-            result = run()
-        return graph, result, torch.cuda.memory_reserved(self.device) - before
+        before = self._pool_bytes()
+        try:
+            # The outer block puts the stream back where the end of a capture that failed does not.
+            with (
+                torch.cuda.stream(self._capturing),
+                torch.cuda.graph(graph, self._pool, self._capturing, capture_error_mode="thread_local"),
+            ):
+                result = run()
+        except Exception:
+            with suppress(RuntimeError):  # torch, depending on its version, has done this or forgotten it
+                torch._C._cuda_endAllocateToPool(self.device.index, self._pool)
+            raise
+        return graph, result, self._pool_bytes() - before
+
+    def _pool_bytes(self) -> int:
+        segments = torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
+        return sum(s["total_size"] for s in segments if tuple(s["segment_pool_id"]) == tuple(self._pool))
 
     def compose(
         self,
@@ -181,33 +200,44 @@ class Cuda:
         self._done.synchronize()
 
 
+class _Uncapturable(RuntimeError):
+    pass
+
+
 class _Captured(NamedTuple):
     graph: Any
     outputs: list[Tensor]  # where the graph leaves its Inference
+    sizes: list[int]
+    batches: Tensor  # [len(sizes)] int64
     held: tuple[Any, ...]  # what else it reads and writes
     memory: Memory
 
 
-class Graphs:
-    """The graphs of one joint model: a callable from its inputs to an `Inference`.
+class Model(Protocol):
+    """What is captured: a joint model."""
 
-    Built by the first call with inputs of a shape, or ahead by `build`. Weights that were replaced (`.to()`, a new
-    submodule, `load_state_dict(assign=True)`) are noticed behind each launch, while the device is busy: the graphs are
-    then built anew.
+    @property
+    def router(self) -> Any: ...
+    @property
+    def device(self) -> torch.device: ...
+    def decide(self, inputs: dict[str, Any]) -> Route: ...
+    def modules(self) -> Iterator[nn.Module]: ...
+
+
+class Graphs:
+    """The graphs of one joint model, each for inputs of one shape: built by the first such call, or ahead by `build`.
+
+    Weights that were replaced (`.to()`, a new submodule, `load_state_dict(assign=True)`) are noticed behind each
+    launch, while the device is busy: the graphs are then built anew. Of a model that is no `nn.Module` nothing is
+    known: what it reads has to stay where it is.
 
     Args:
-        decide: inputs -> Route, as the joint model decides.
         plan: buckets, Super, its inputs and the counts.
-        module: whose weights the graphs read.
-        memory: bytes that all graphs may take together.
+        memory: bytes that all graphs may take together of the pool that they share.
     """
 
-    def __init__(
-        self, decide: Callable[[dict[str, Any]], Route], plan: Plan, module: nn.Module, memory: int = MEMORY
-    ) -> None:
-        self._decide = decide
+    def __init__(self, plan: Plan, memory: int = MEMORY) -> None:
         self._plan = plan
-        self._module = module
         self._memory = memory
         self._forget()
 
@@ -219,7 +249,7 @@ class Graphs:
 
     def __getstate__(self) -> dict[str, Any]:
         # Graphs belong to a process and its device: a copy builds its own.
-        return {name: self.__dict__[name] for name in ("_decide", "_plan", "_module", "_memory")}
+        return {"_plan": self._plan, "_memory": self._memory}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -231,84 +261,103 @@ class Graphs:
         with self._lock:
             return [captured.memory for captured in self._captured.values()]
 
-    def build(self, inputs: dict[str, Any], device: torch.device, *settings: Any) -> Memory:
+    def build(self, model: Model, inputs: dict[str, Any]) -> Memory:
         """Build the graph for inputs of these shapes, if there is none yet. Raises what a call does."""
-        key = self._key(inputs, device, settings)
+        inputs = dict(sorted(inputs.items()))
+        key = self._key(model, inputs)
         with self._lock:
-            return self._graph(key, inputs, device).memory
+            return self._graph(model, key, inputs).memory
 
     @torch.compiler.disable(reason="dispatch='graph' launches a graph of its own")  # type: ignore[no-untyped-call, untyped-decorator]
-    def __call__(self, inputs: dict[str, Any], device: torch.device, *settings: Any) -> Inference:
+    def __call__(self, model: Model, inputs: dict[str, Any]) -> Inference:
         """Queue one inference on the current stream. Synchronizes: only to build a graph.
-
-        Args:
-            settings: what else `decide` takes as given; with others a graph is another.
 
         Raises:
             RuntimeError: no CUDA device; within another graph; a model that draws random numbers or cannot be captured.
             ValueError: inputs that are not on the device, or neither tensors nor constants.
             MemoryError: the graph would go past the cap.
         """
-        key = self._key(inputs, device, settings)
+        inputs = dict(sorted(inputs.items()))
+        key = self._key(model, inputs)
         tensors = [value.contiguous() for value in inputs.values() if isinstance(value, Tensor)]
         if any(len(tensor) == 0 for tensor in tensors if tensor.dim()):
-            return Inference(*self._decide(inputs))
+            route = model.decide(inputs)
+            if len(route.order) == 0:
+                return Inference(*route)
         with self._lock:
-            answer = self._launch(key, inputs, tensors, device)
+            captured = self._graph(model, key, inputs)
+            answer = self._launch(captured, tensors)
             if self._weights is not None and self._weights.replaced():
                 _log.warning("weights were replaced: the CUDA graphs are built anew")
-                self._runtime.wait()
-                self._captured.clear()
-                answer = self._launch(key, inputs, tensors, device)
+                self._uncount(captured, answer)
+                self._drop()
+                answer = self._launch(self._graph(model, key, inputs), tensors)
         return answer
 
-    def _launch(self, key: Any, inputs: dict[str, Any], tensors: list[Tensor], device: torch.device) -> Inference:
-        captured = self._graph(key, inputs, device)
+    def _launch(self, captured: _Captured, tensors: list[Tensor]) -> Inference:
         outputs = [torch.empty_like(tensor) for tensor in captured.outputs]
         self._runtime.launch(captured.graph, tensors, outputs)
         return Inference(*outputs)
 
-    def _key(self, inputs: dict[str, Any], device: torch.device, settings: tuple[Any, ...]) -> Any:
+    def _uncount(self, captured: _Captured, answer: Inference) -> None:
+        """Take back what a launch that does not count has counted."""
+        n, zero = answer.n_routed, torch.zeros_like(answer.n_routed)
+        assert self._plan.counts is not None, "a joint model counts"
+        self._plan.counts.add_on_device(-len(answer.order), -n, zero)
+        bucket = torch.searchsorted(torch.tensor(captured.sizes, device=n.device), n)
+        captured.batches.scatter_add_(0, bucket, -(n > 0).long())
+
+    def _drop(self) -> None:
+        if self._runtime is not None:
+            self._runtime.wait()
+        self._captured.clear()
+        self._runtime = self._weights = None
+
+    def _key(self, model: Model, inputs: dict[str, Any]) -> Any:
         """Everything that a graph takes as given."""
         if dispatch.in_one_graph():
             raise RuntimeError(
                 "dispatch: 'graph' launches a graph of its own, which cannot be part of one under export or capture; "
                 "dispatch='capacity' can"
             )
-        super_device = self._plan.super_.device
-        if super_device is not None and super_device != device:
+        device, super_device = model.device, self._plan.super_.device
+        if super_device is not None and _with_index(super_device) != device:
             raise RuntimeError(
                 f"super_device: got {super_device}, wanted Swift's {device}, as a graph is of one device; "
                 "dispatch='exact' can have two"
             )
-        key = [*settings, torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)]
+        autocast = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
+        key: list[Any] = [model.router.score, model.router.temperature, *autocast]
         for name, value in inputs.items():
             if isinstance(value, Tensor):
                 if value.device != device:
                     raise ValueError(f"{name}: got a tensor on {value.device}, wanted one on {device}")
                 key.append((name, value.shape, value.dtype))
+            elif isinstance(value, bool | int | float | str):
+                key.append((name, type(value), value))
             else:
-                try:
-                    hash(value)
-                except TypeError:
-                    raise ValueError(
-                        f"{name}: got {type(value).__name__}, wanted a tensor or a constant, which a graph keeps"
-                    ) from None
-                key.append((name, value))
+                raise ValueError(f"{name}: got {type(value).__name__}, wanted a tensor, a number, a bool or a string")
         return tuple(key)
 
-    def _graph(self, key: Any, inputs: dict[str, Any], device: torch.device) -> _Captured:
+    def _graph(self, model: Model, key: Any, inputs: dict[str, Any]) -> _Captured:
+        if self._runtime is not None and self._runtime.device != model.device:
+            self._drop()
         if key not in self._captured:
-            if self._runtime is None or self._runtime.device != device:
-                self._captured.clear()
-                self._runtime = Cuda(device)
             if not self._captured:
-                self._weights = Weights(self._module)
-            with _without_autocast_cache():
-                self._captured[key] = self._build(inputs)
+                self._runtime = Cuda(model.device)
+                # Nobody may have the memory of a graph that still runs.
+                finalize(self, self._runtime.wait).atexit = False
+                self._weights = Weights(model)
+            try:
+                # torch captures one graph at a time. Nothing made here may be an inference tensor: it is written later.
+                with _building, _without_autocast_cache(), torch.inference_mode(False), torch.no_grad():
+                    self._captured[key] = self._build(model, inputs)
+            except _Uncapturable:
+                self._drop()  # what a failed capture leaves of the pool serves nobody
+                raise
         return self._captured[key]
 
-    def _build(self, inputs: dict[str, Any]) -> _Captured:
+    def _build(self, model: Model, inputs: dict[str, Any]) -> _Captured:
         begin, run, counts = time.perf_counter(), self._runtime, self._plan.counts
         assert counts is not None, "a joint model counts"
         own = {
@@ -320,9 +369,13 @@ class Graphs:
         taken = sum(captured.memory.total for captured in self._captured.values())
         mine = 0
 
-        def capture(part: Callable[[], Any]) -> tuple[Any, Any, int]:
+        def capture(of: str, part: Callable[[], Any]) -> tuple[Any, Any, int]:
             nonlocal mine
-            graph, result, grown = run.capture(part)
+            try:
+                graph, result, grown = run.capture(part)
+            except Exception as error:
+                message = f"{of}: cannot be captured as a CUDA graph, dispatch='exact' can run it: {error}"
+                raise _Uncapturable(message) from error
             mine += grown
             if taken + mine > self._memory:
                 raise MemoryError(
@@ -331,21 +384,27 @@ class Graphs:
                 )
             return graph, result, grown
 
-        route = self._warmed_up("swift", lambda: self._decide(own))
-        decide, later, swift_bytes = capture(lambda: self._decide(own))  # `later` has no values before a launch
+        route = self._warmed_up("swift", lambda: model.decide(own))
+        decide, later, swift_bytes = capture(
+            "swift", lambda: model.decide(own)
+        )  # `later` has no values before a launch
         sizes = sizes_of(len(route.order), self._plan.buckets)
         routed = torch.empty_like(self._warmed_up("super_", partial(self._answers, route, own, sizes[-1])))
 
         def body(size: int) -> None:
             routed[:size].copy_(self._answers(later, own, size))
 
+        def merged_by(route: Route) -> Tensor:
+            return ops.merge_rows(route.logits, routed, route.order, route.n_routed)
+
         bodies: dict[int, Any] = {}
         memory: dict[int, int] = {}
         # The largest first, so that the others find its memory free.
         for size in _with_progress(sizes[::-1], f"CUDA graph for {described}"):
             self._warmed_up("super_", partial(self._answers, route, own, size))
-            bodies[size], _, memory[size] = capture(partial(body, size))
-        merge, merged, merge_bytes = capture(lambda: ops.merge_rows(later.logits, routed, later.order, later.n_routed))
+            bodies[size], _, memory[size] = capture("super_", partial(body, size))
+        run.warm_up(partial(merged_by, route))
+        merge, merged, merge_bytes = capture("merge_rows", partial(merged_by, later))
         batches = counts.batches_on_device(sizes)
         outputs = [merged, later.score, later.order, later.n_routed]
         own_inputs = list(tensors.values())
@@ -353,7 +412,7 @@ class Graphs:
         seconds = time.perf_counter() - begin
         used = Memory(described, swift_bytes + merge_bytes, dict(sorted(memory.items())), seconds)
         _log.info("CUDA graph for %s: %d buckets, %d bytes, %.1f s", described, len(sizes), used.total, seconds)
-        return _Captured(graph, outputs, (later, routed, own, batches, decide, bodies, merge), used)
+        return _Captured(graph, outputs, sizes, batches, (later, routed, own, decide, bodies, merge), used)
 
     def _answers(self, route: Route, inputs: dict[str, Any], size: int) -> Tensor:
         """Super's logits [size, C] for the routed rows and copies of the last."""
@@ -364,14 +423,21 @@ class Graphs:
         return reply.logits
 
     def _warmed_up(self, model: str, run: Callable[[], Any]) -> Any:
-        before = self._runtime.random_state()
-        result = self._runtime.warm_up(run)
-        if any(not torch.equal(a, b) for a, b in zip(before, self._runtime.random_state(), strict=True)):
-            raise RuntimeError(
-                f"{model}: draws random numbers, of which a CUDA graph would draw the same at each launch; "
-                "dispatch='exact' can run it"
-            )
-        return result
+        for _ in range(RANDOM_TRIES):
+            before = self._runtime.random_state()
+            result = self._runtime.warm_up(run)
+            if all(map(torch.equal, before, self._runtime.random_state())):
+                return result
+        raise RuntimeError(
+            f"{model}: draws random numbers, of which a CUDA graph would draw the same at each launch; "
+            "dispatch='exact' can run it"
+        )
+
+
+def _with_index(device: torch.device) -> torch.device:
+    if device.type != "cuda" or device.index is not None:
+        return device
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 @contextmanager

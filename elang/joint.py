@@ -51,10 +51,12 @@ class JointClassifier(nn.Module):
         graph_memory: of `graph` mode: the most bytes that its graphs may take; None: 4 GiB.
         super_inputs: `super_inputs(inputs: dict, rows: LongTensor) -> dict` builds Super's inputs for the routed
             rows, where they are not Swift's (another tokenizer, say). `rows` is int64, one for each row of Super's
-            batch: where that is padded, the last routed row again.
+            batch: where that is padded, the last routed row again. In `graph` mode it is captured: tensors in, tensors
+            out, and no look at a value.
         label_map: Swift's label -> Super's label, by name or by class number, for all labels. Needed unless both
             models carry the same label names, whose order and case may differ.
-        trim: cut trailing padding that no routed row needs; False for a Super that looks past `attention_mask`.
+        trim: in `exact` and `bucket` mode cut trailing padding that no routed row needs; False for a Super that looks
+            past `attention_mask`.
         super_device: where Super's inputs are sent, if Super is not on Swift's device.
         on_super_error: "raise", or "swift": rows whose Super fails keep Swift's answer, are marked in
             `.routing.degraded`, counted in `.stats` and logged. Out of memory is tried once more in halves before.
@@ -131,7 +133,7 @@ class JointClassifier(nn.Module):
         self._typed = (next(p for p in parameters if p.is_floating_point()),)
         self.training = False
         self.graph_memory = graph_memory
-        self.graphs = cuda_graph.Graphs(self.decide, self.plan, self, graph_memory or cuda_graph.MEMORY)
+        self.graphs = cuda_graph.Graphs(self.plan, graph_memory or cuda_graph.MEMORY)
 
     @torch.no_grad()
     def forward(
@@ -168,9 +170,7 @@ class JointClassifier(nn.Module):
 
         mode = modes.choose() if self.dispatch == "auto" else self.dispatch
         if mode == GRAPH:
-            logits, score, order, n_routed = self.graphs(
-                inputs, self.device, self.router.score, self.router.temperature
-            )
+            logits, score, order, n_routed = self.graphs(self, inputs)
             output = overflow = degraded = None
         else:
             route = self.decide(inputs)
@@ -194,7 +194,7 @@ class JointClassifier(nn.Module):
 
     @torch.no_grad()
     def warmup(self, **inputs: Any) -> cuda_graph.Memory:
-        """Build the CUDA graph for inputs of these shapes now rather than with their first batch.
+        """Build the CUDA graph for inputs of these shapes, given as to a call, now rather than with their first batch.
 
         Returns:
             What it takes of the device; `.graphs.memory` has it for all.
@@ -206,7 +206,9 @@ class JointClassifier(nn.Module):
         if self.dispatch != GRAPH:
             raise ValueError(f"dispatch: got {self.dispatch!r}, wanted 'graph': no other mode has anything to build")
         self.check_eval()
-        return self.graphs.build(inputs, self.device, self.router.score, self.router.temperature)
+        others = ("labels", "return_dict", "output_attentions", "output_hidden_states")  # that the models do not get
+        given = {name: value for name, value in inputs.items() if value is not None and name not in others}
+        return self.graphs.build(self, given)
 
     def check_eval(self) -> None:
         """Raises RuntimeError if a model is in training mode, where it would answer at random."""

@@ -35,7 +35,7 @@ class Counts(nn.Module):
             self.register_buffer("on_device", torch.zeros(4, dtype=torch.int64), persistent=False)
         self._on_host = [0, 0, 0, 0]
         self._buckets = Counter[int]()
-        self._batches_on_device: list[tuple[list[int], Tensor]] = []
+        self._batches_on_device: dict[tuple[torch.device, tuple[int, ...]], Tensor] = {}
         self._lock = threading.Lock()
 
     def add(self, rows: int, routed: int, size: int) -> None:
@@ -53,11 +53,13 @@ class Counts(nn.Module):
                 self._buckets[size] += 1
 
     def batches_on_device(self, sizes: list[int]) -> Tensor:
-        """[len(sizes)] int64 zeros, for a graph to count up its batches of Super of each of these sizes."""
-        batches = torch.zeros(len(sizes), dtype=torch.int64, device=self.on_device.device)
+        """[len(sizes)] int64, for graphs of these buckets to count up the batches of Super of each size."""
+        key = self.on_device.device, tuple(sizes)
         with self._lock:
-            self._batches_on_device.append((sizes, batches))
-        return batches
+            if key not in self._batches_on_device:
+                zeros = torch.zeros(len(sizes), dtype=torch.int64, device=self.on_device.device)
+                self._batches_on_device[key] = zeros
+            return self._batches_on_device[key]
 
     def add_failed(self, rows: int) -> None:
         with self._lock:
@@ -76,8 +78,8 @@ class Counts(nn.Module):
         """Synchronizes: yes, with the device of a joint model whose mode counts there."""
         with self._lock:
             on_host, on_device, buckets = list(self._on_host), self.on_device.clone(), self._buckets.copy()
-            in_graphs = list(self._batches_on_device)
-        for sizes, batches in in_graphs:
+            in_graphs = dict(self._batches_on_device)
+        for (_, sizes), batches in in_graphs.items():
             buckets.update(dict(zip(sizes, batches.tolist(), strict=True)))
         rows, routed, overflow, failed = map(sum, zip(on_host, on_device.tolist(), strict=True))
         return Stats(rows, routed, overflow, overflow + failed, {size: n for size, n in sorted(buckets.items()) if n})

@@ -7,8 +7,10 @@ everything above it is the real thing. On a GPU the same tests take the real one
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 import time
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -45,6 +47,7 @@ class Host:
     """Stands in for `elang.cuda_graph.Cuda`."""
 
     grown = 1000  # bytes that each capture takes
+    capturing = False
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -59,7 +62,11 @@ class Host:
         return [torch.get_rng_state()]
 
     def capture(self, run: Callable[[], Any]) -> tuple[Part, Any, int]:
-        result = run()
+        Host.capturing = True
+        try:
+            result = run()
+        finally:
+            Host.capturing = False
         for tensor in tensors_of(result):  # a capture runs nothing
             tensor.zero_()
         return Part(run, result), result, self.grown
@@ -116,11 +123,13 @@ def inputs_of(lengths: tuple[int, ...], where: str, seed: int = 0) -> dict[str, 
 
 def joint_of(swift: Any, super_: Any, where: str, threshold: float = 0.0, **options: Any) -> JointClassifier:
     swift, super_ = (copy.deepcopy(m).to(where) if isinstance(m, nn.Module) else m for m in (swift, super_))
-    return JointClassifier(swift, super_, Router(threshold=threshold), "graph", **options)
+    return JointClassifier(swift, super_, Router(threshold=threshold), "graph", **options).to(where)
 
 
 def threshold_for(score: Tensor, routed: int) -> float:
-    return INF if routed == len(score) else score.sort().values[routed].item()
+    """Half way between two scores: captured they may differ in the last bit."""
+    edges = torch.cat([score.new_tensor([-INF]), score.sort().values, score.new_tensor([INF])])
+    return edges[routed : routed + 2].mean().item()
 
 
 @pytest.mark.parametrize("buckets", [None, (2, 4)])
@@ -201,8 +210,12 @@ def test_weights_changed_in_place_are_seen_and_replaced_ones_noticed(swift, supe
 
     def check(builds_anew: bool) -> None:
         caplog.clear()
+        before = joint.stats
         torch.testing.assert_close(joint(**inputs).logits, exact(**inputs).logits, rtol=1e-4, atol=1e-5)
         assert ("weights were replaced" in caplog.text) == builds_anew
+        after = joint.stats
+        assert (after.rows - before.rows, after.routed - before.routed) == (3, 3)
+        assert after.buckets == {3: before.buckets[3] + 1}
 
     with torch.no_grad():
         joint.super_.classifier.weight.mul_(2)
@@ -237,11 +250,33 @@ def test_another_score_or_temperature_is_another_graph(swift, super_, where):
     assert len(joint.graphs.memory) == 2
 
 
+def test_constants_are_told_apart_by_type_too(where):
+    def model(input_ids: Tensor, flag: Any) -> Tensor:
+        return torch.full((len(input_ids), 2), 1.0 if flag is True else 2.0, device=where)
+
+    joint = joint_of(model, model, where, label_map={0: 0, 1: 1})
+    ids = torch.zeros(3, 4, dtype=torch.int64, device=where)
+    for flag, want in ((True, 1.0), (1, 2.0), (1.0, 2.0)):
+        assert (joint(input_ids=ids, flag=flag).logits == want).all()
+
+
+def test_graphs_built_in_inference_mode_serve_outside_of_it(swift, super_, where):
+    joint, inputs = joint_of(swift, super_, where, INF), inputs_of((9, 3, 5), where)
+    with torch.inference_mode():
+        first = joint(**inputs).logits
+    assert torch.equal(joint(**inputs).logits, first)
+    joint.super_.classifier.weight.data = joint.super_.classifier.weight.data.clone()
+    assert torch.equal(joint(**inputs).logits, first)
+    assert joint.stats.buckets == {3: 3}
+
+
 def test_warmup_builds_ahead_and_memory_is_reported_for_each_bucket(swift, super_, where):
     joint, inputs = joint_of(swift, super_, where, buckets=(2, 4)), inputs_of((9, 3, 5, 1, 7), where)
-    memory = joint.warmup(**inputs)
+    memory = joint.warmup(
+        **dict(reversed(inputs.items())), labels=torch.zeros(5), token_type_ids=None, return_dict=True
+    )
     assert sorted(memory.buckets) == [2, 4, 5]
-    assert memory.inputs == f"input_ids [5, {tiny_models.LENGTH}], attention_mask [5, {tiny_models.LENGTH}]"
+    assert memory.inputs == f"attention_mask [5, {tiny_models.LENGTH}], input_ids [5, {tiny_models.LENGTH}]"
     joint(**inputs)
     assert joint.graphs.memory == [memory]
     assert joint.stats.rows == 5
@@ -277,7 +312,7 @@ def test_random_draws_are_refused(swift, super_, where):
 
 def test_what_cannot_be_captured_is_refused_by_name(swift, super_, where):
     joint, inputs = joint_of(swift, super_, where), inputs_of((9, 3, 5), where)
-    with pytest.raises(ValueError, match="past_key_values: got list, wanted a tensor or a constant"):
+    with pytest.raises(ValueError, match="past_key_values: got list, wanted a tensor, a number"):
         joint(**inputs, past_key_values=[1])
     with pytest.raises(ValueError, match="input_ids: got a tensor on meta, wanted one on"):
         joint(**{**inputs, "input_ids": inputs["input_ids"].to("meta")})
@@ -293,6 +328,65 @@ def test_a_compiled_joint_model_launches_its_graph_between_two_others(swift, sup
     torch._dynamo.reset()
     with pytest.raises(torch._dynamo.exc.Unsupported, match="launches a graph of its own"):
         torch.compile(joint, backend="eager", fullgraph=True)(**inputs)
+
+
+def test_a_capture_that_fails_names_the_model_and_leaves_nothing(swift, super_, where):
+    joint, inputs = joint_of(swift, super_, where), inputs_of((9, 3, 5), where)
+    joint.warmup(**inputs)
+    model = joint.super_
+    forward = model.forward
+
+    def looks(**inputs: Any) -> Any:
+        inputs["input_ids"].sum().item()  # an error in a capture
+        if Host.capturing:
+            raise RuntimeError("not permitted when stream is capturing")
+        return forward(**inputs)
+
+    model.forward = looks
+    before = torch.cuda.current_stream() if where == "cuda" else None
+    with pytest.raises(
+        RuntimeError, match=r"super_: cannot be captured as a CUDA graph, dispatch='exact' can run it: "
+    ):
+        joint(**inputs_of((9, 3), where))
+    assert before is None or torch.cuda.current_stream() == before
+    assert joint.graphs.memory == []
+    del model.forward
+    assert len(joint(**inputs_of((9, 3), where)).logits) == 2
+
+
+def test_models_that_moved_to_another_device_get_new_graphs(swift, super_, where, on_host):
+    joint, inputs = joint_of(swift, super_, where), inputs_of((9, 3, 5), where)
+    joint(**inputs)
+    first = joint.graphs._runtime
+    first.device = torch.device("meta")  # as if they had been there
+    joint(**inputs)
+    assert joint.graphs._runtime is not first
+    assert first.waits == 1
+
+
+def test_a_joint_model_is_gone_once_nobody_has_it(swift, super_, where):
+    joint = joint_of(swift, super_, where)
+    if where == "cuda":  # the stand-in keeps what it ran
+        joint(**inputs_of((9, 3), where))
+    gone = weakref.ref(joint)
+    gc.disable()
+    try:
+        del joint
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_an_empty_input_beside_full_rows_keeps_nobody_from_super(swift, where):
+    def super_(input_ids: Tensor, extra: Tensor) -> Tensor:
+        return torch.full((len(input_ids), tiny_models.CLASSES), 7.0, device=where)
+
+    def swift_of(input_ids: Tensor, extra: Tensor) -> Tensor:
+        return input_ids[:, : tiny_models.CLASSES].float()
+
+    joint = joint_of(swift_of, super_, where, INF, label_map={i: i for i in range(tiny_models.CLASSES)})
+    ids = inputs_of((9, 3), where)["input_ids"]
+    assert (joint(input_ids=ids, extra=torch.zeros(0, device=where)).logits == 7.0).all()
 
 
 def test_no_rows_need_no_graph(swift, super_, where):
@@ -370,5 +464,5 @@ def test_without_a_gpu_the_error_says_why_and_what_can(swift, super_):
 def test_building_says_so(swift, super_, where, caplog):
     with caplog.at_level(logging.INFO, logger="elang.cuda_graph"):
         joint_of(swift, super_, where).warmup(**inputs_of((3, 4, 5), where))
-    assert "CUDA graph for input_ids [3, " in caplog.text
+    assert "CUDA graph for attention_mask [3, " in caplog.text
     assert "3 buckets" in caplog.text
