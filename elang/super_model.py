@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -118,7 +119,7 @@ class SuperModel:
     def once(self, inputs: Mapping[str, Any], rows: int, classes: int, home: torch.device) -> Reply:
         """One call, all of whose errors are the caller's."""
         if self.device is not None:
-            inputs = {name: _sent(v, self.device) if isinstance(v, Tensor) else v for name, v in inputs.items()}
+            inputs = _sent(inputs, self.device)
         output = self.model(**inputs) if self.timeout is None else _within(self.timeout, self.model, inputs, self.late)
         try:
             logits = logits_of(output)
@@ -148,9 +149,25 @@ def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
-def _sent(tensor: Tensor, device: torch.device) -> Tensor:
-    # To a GPU the copy is queued; from one it has to have happened before anybody reads it.
-    return tensor.to(device, non_blocking=device.type == "cuda")
+def _sent(inputs: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """The inputs on Super's device. To a GPU they travel beside the stream that Super runs on, which may be busy with a
+    batch before this one; from one they have to have arrived before anybody reads them.
+    """
+    elsewhere = {k: v for k, v in inputs.items() if isinstance(v, Tensor) and v.device != device}
+    if not elsewhere or device.type != "cuda" or torch.compiler.is_compiling():
+        return {**inputs, **{k: v.to(device, non_blocking=device.type == "cuda") for k, v in elsewhere.items()}}
+    beside, current = _stream_beside(device), torch.cuda.current_stream(device)
+    with torch.cuda.stream(beside):
+        sent = {k: v.to(device, non_blocking=True) for k, v in elsewhere.items()}
+    current.wait_stream(beside)
+    for value in sent.values():
+        value.record_stream(current)
+    return {**inputs, **sent}
+
+
+@cache
+def _stream_beside(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def _rows_of(inputs: Mapping[str, Any], rows: int, begin: int, end: int) -> dict[str, Any]:

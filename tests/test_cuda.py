@@ -9,6 +9,7 @@ from conftest import assert_partition
 import elang
 from elang import host_read, ops, reference
 from elang.reference import Route
+from elang.super_model import SuperModel
 
 pytestmark = [pytest.mark.gpu, pytest.mark.compiled]
 
@@ -265,3 +266,14 @@ def test_a_joint_model_answers_as_on_the_cpu(monkeypatch, way):
     torch.testing.assert_close(got.logits.cpu(), wanted.logits, rtol=1e-3, atol=1e-3)
     assert torch.equal(got.routing.order.cpu(), wanted.routing.order)
     assert got.routing.mode == "exact"
+
+
+def test_a_super_on_a_gpu_gets_the_rows_of_a_swift_on_the_cpu():
+    """Behind work that keeps Super's stream busy, so that a copy out of order would be seen."""
+    super_ = SuperModel(lambda x, y, flag: (x * 2 + y) if flag else None, torch.device("cuda"))
+    for seed in range(20):
+        torch.manual_seed(seed)
+        x, y = torch.randn(300, 300), torch.randn(300, 300, device="cuda")
+        torch.cuda._sleep(10_000_000)
+        logits = super_({"x": x, "y": y, "flag": True}, 300, 300, torch.device("cpu")).logits
+        assert torch.equal(logits, x * 2 + y.cpu())
