@@ -13,17 +13,21 @@ if TYPE_CHECKING:
     from elang.backbones import register_backbone
     from elang.backend import warmup
     from elang.calibration import Calibration, InfeasibleTarget, calibrate
+    from elang.energy_head import EnergyHead
     from elang.joint import JointClassifier
     from elang.ops import gather_rows, merge_rows, route, route_logits, vocab_energy
     from elang.reference import Route, VocabEnergy
     from elang.router import Router
+    from elang.seq2seq import JointSeq2Seq
 
 __version__ = "0.1.0"
 
 _HOME = {
     "Calibration": "calibration",
+    "EnergyHead": "energy_head",
     "InfeasibleTarget": "calibration",
     "JointClassifier": "joint",
+    "JointSeq2Seq": "seq2seq",
     "Route": "reference",
     "Router": "router",
     "VocabEnergy": "reference",
@@ -39,8 +43,10 @@ _HOME = {
 
 __all__ = [
     "Calibration",
+    "EnergyHead",
     "InfeasibleTarget",
     "JointClassifier",
+    "JointSeq2Seq",
     "Route",
     "Router",
     "VocabEnergy",

@@ -78,3 +78,10 @@ def annotated_output(super_: Any) -> type[ModelOutput]:
         if isinstance(kind, type) and issubclass(kind, ModelOutput):
             return kind
     return SequenceClassifierOutput
+
+
+def check_eval(*models: tuple[str, Any]) -> None:
+    """Raises RuntimeError if a named model is in training mode, where it would answer at random."""
+    for name, model in models:
+        if getattr(model, "training", False):
+            raise RuntimeError(f"{name}: in training mode, wanted eval mode: call .eval() on it or on the joint model")

@@ -132,7 +132,7 @@ def counted(route: Route, inputs: dict[str, Any], plan: Plan, count: Count) -> A
     if count.size == 0:
         return Answer(route.logits, None, None, nobody)
     if count.length is not None:
-        inputs = _trimmed(inputs, inputs["attention_mask"].shape[1], count.length)
+        inputs = trimmed(inputs, inputs["attention_mask"].shape[1], count.length)
     as_they_are = count.everything and plan.super_inputs is None
     routed = inputs if as_they_are else gathered(route, inputs, plan, count.size)
     reply = _reply(route, routed, plan, count.size)
@@ -238,7 +238,7 @@ def _worst(score: Tensor, routed: Tensor, room: int) -> tuple[Tensor, Tensor]:
     return partition(~(torch.zeros_like(routed).scatter(0, by_need, within) & routed))
 
 
-def _trimmed(inputs: dict[str, Any], columns: int, length: int) -> dict[str, Any]:
+def trimmed(inputs: dict[str, Any], columns: int, length: int) -> dict[str, Any]:
     """The first `length` columns of every input that has `columns` of them, as views."""
     return {
         name: v[:, :length] if isinstance(v, Tensor) and v.dim() > 1 and v.shape[1] == columns else v

@@ -212,11 +212,7 @@ class JointClassifier(nn.Module):
 
     def check_eval(self) -> None:
         """Raises RuntimeError if a model is in training mode, where it would answer at random."""
-        for name, model in self._models:
-            if getattr(model, "training", False):
-                raise RuntimeError(
-                    f"{name}: in training mode, wanted eval mode: call .eval() on it or on the joint model"
-                )
+        contract.check_eval(*self._models)
 
     def decide(self, inputs: dict[str, Any]) -> Route:
         """Swift's decision about every row, its logits in Super's label order."""

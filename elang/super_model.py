@@ -119,7 +119,7 @@ class SuperModel:
     def once(self, inputs: Mapping[str, Any], rows: int, classes: int, home: torch.device) -> Reply:
         """One call, all of whose errors are the caller's."""
         if self.device is not None:
-            inputs = _sent(inputs, self.device)
+            inputs = sent(inputs, self.device)
         output = self.model(**inputs) if self.timeout is None else _within(self.timeout, self.model, inputs, self.late)
         try:
             logits = logits_of(output)
@@ -149,7 +149,7 @@ def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
-def _sent(inputs: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+def sent(inputs: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     """The inputs on Super's device. To a GPU they travel beside the stream that Super runs on, which may be busy with a
     batch before this one; from one they have to have arrived before anybody reads them.
     """
@@ -158,11 +158,11 @@ def _sent(inputs: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
         return {**inputs, **{k: v.to(device, non_blocking=device.type == "cuda") for k, v in elsewhere.items()}}
     beside, current = _stream_beside(device), torch.cuda.current_stream(device)
     with torch.cuda.stream(beside):
-        sent = {k: v.to(device, non_blocking=True) for k, v in elsewhere.items()}
+        there = {k: v.to(device, non_blocking=True) for k, v in elsewhere.items()}
     current.wait_stream(beside)
-    for value in sent.values():
+    for value in there.values():
         value.record_stream(current)
-    return {**inputs, **sent}
+    return {**inputs, **there}
 
 
 @cache
