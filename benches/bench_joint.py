@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from functools import partial
 from statistics import median
@@ -31,8 +32,17 @@ ROWS = 32  # at least; one batch at the largest batch size
 ROWS_OF_MODES = 8
 ROUNDS = 5
 ROUNDS_WITH_SUPER = 2  # of Super on everything, which takes most of the time
-ROUNDS_OF_SWIFT = 40  # where nothing is routed, which takes little
+ROUNDS_OF_SWIFT = 100  # where nothing is routed, which takes little
 CAPACITY = 0.5
+
+# Without guards on the modules, as services compile models that nobody changes under them: guards take longer than the
+# rest of dispatch.
+UNGUARDED = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+COMPILED: dict[str, Callable[[Any], Any]] = {
+    "eager": lambda model: model,
+    "compiled": partial(torch.compile, dynamic=True),
+    "compiled, modules unguarded": partial(torch.compile, dynamic=True, options=UNGUARDED),
+}
 
 Batch = dict[str, Tensor]
 Model = Callable[..., Any]
@@ -150,12 +160,12 @@ def test_joint(benchmark, record, pair, lengths, batch):
 
 
 @pytest.mark.parametrize("batch", [1, ROWS_OF_MODES])
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("run", ["eager", "compiled"])
 @torch.inference_mode()
-def test_modes(benchmark, record, pair, compiled, batch):
+def test_modes(benchmark, record, pair, run, batch):
     """Each mode at every share routed, on ragged rows, against the parts in the same compile mode."""
     torch._dynamo.reset()
-    as_run = partial(torch.compile, dynamic=True) if compiled else lambda model: model
+    as_run = COMPILED[run]
     inputs = rows("ragged", ROWS_OF_MODES)
     split, own_length = batches(inputs, batch), inputs["attention_mask"].sum(dim=1)
     router = Router("energy", threshold=0.0)
@@ -164,20 +174,43 @@ def test_modes(benchmark, record, pair, compiled, batch):
     joints = {mode: as_run(joint) for mode, joint in plain.items()}
     swift, super_ = map(as_run, pair)
     others = {"naive": NaiveCascade(swift, super_, router)}
-    if not compiled:
+    if run == "eager":
         others["per_sample"] = PerSampleLoop(swift, super_, router)
     for share in (0.0, 0.1, 0.32, 0.5, 1.0):
         threshold_for(plain["exact"], split, share)
         padding = {mode: padding_of(joint, split) for mode, joint in plain.items()}
-        found = measured(joints, swift, super_, others, split, ROUNDS if share else ROUNDS_OF_SWIFT)
+        found = measured(joints, swift, super_, others, split, ROUNDS)
         seconds, routed = found["seconds"], found["routed"]
         for mode in joints:
-            cell = {"compiled": compiled, "batch": batch, "rows": len(own_length), "mode": mode}
+            cell = {"run": run, "batch": batch, "rows": len(own_length), "mode": mode}
             cell |= {"share_routed": routed.float().mean().item(), "seconds": {**seconds, "joint": seconds[mode]}}
             if "per_sample" in seconds:
                 cell["speedup_per_sample"] = seconds["per_sample"] / seconds[mode]
             cell |= {"latency": found["latency"][mode], "padding": padding[mode]}
             record("modes", {**cell, **ratios(pair, own_length, seconds, routed, mode)})
+    benchmark.pedantic(joints["exact"], kwargs=split[0], rounds=3, warmup_rounds=1)
+
+
+@pytest.mark.parametrize("batch", [1, ROWS_OF_MODES])
+@pytest.mark.parametrize("run", COMPILED)
+@torch.inference_mode()
+def test_nothing_routed(benchmark, record, pair, run, batch):
+    """Against Swift alone, which is all that is left to do: what is more is dispatch."""
+    torch._dynamo.reset()
+    as_run = COMPILED[run]
+    split = batches(rows("ragged", ROWS_OF_MODES), batch)
+    router = Router("energy", threshold=0.0)
+    joints = {mode: as_run(JointClassifier(*pair, router, mode)) for mode in ("exact", "bucket")}
+    swift, total = as_run(pair[0]), {}
+    for threshold in (float("inf"), float("-inf")):  # what compiles for some rows routed does so now
+        router.set_threshold(threshold)
+        for model, b in itertools.product((*joints.values(), swift), split):
+            model(**b)
+    for b in split:
+        runs = {name: partial(model, **b) for name, model in {"swift": swift, **joints}.items()}
+        for name, each in alternate(runs, ROUNDS_OF_SWIFT).items():
+            total[name] = total.get(name, 0.0) + median(each)
+    record("nothing_routed", {"run": run, "batch": batch, "rows": ROWS_OF_MODES, "seconds": total})
     benchmark.pedantic(joints["exact"], kwargs=split[0], rounds=3, warmup_rounds=1)
 
 
