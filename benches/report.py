@@ -203,17 +203,8 @@ def _joint(console: Console, cells: list[dict[str, Any]]) -> None:
 
 def _modes(console: Console, cells: list[dict[str, Any]]) -> None:
     table = _table(
-        *(
-            "run",
-            "batch",
-            "share routed",
-            "mode",
-            "dispatch efficiency",
-            "time over Swift's",
-            "x naive",
-            "x per sample",
-        ),
-        *("x Super", "eta", "eta ceiling", "p50 ms", "p99 ms", "padding rows"),
+        *("run", "batch", "share routed", "mode", "efficiency", "over Swift", "x naive"),
+        *("x per sample", "x Super", "eta", "ceiling", "p50 ms", "p99 ms", "padding"),
     )
     for c in cells:
         table.add_row(
@@ -226,11 +217,10 @@ def _modes(console: Console, cells: list[dict[str, Any]]) -> None:
     console.print(table)
     for mode in ("exact", "bucket"):
         of_mode = [c for c in cells if c["mode"] == mode]
-        least = min(c["dispatch_efficiency"] for c in of_mode)
+        least = _mark(min(c["dispatch_efficiency"] for c in of_mode), EFFICIENCY_BAR)
         unpadded = min(c["efficiency_past_padding"] for c in of_mode)
-        console.print(
-            f"{mode}: least dispatch efficiency {_mark(least, EFFICIENCY_BAR)}, past its padding {unpadded:.2f}"
-        )
+        past = f", past its padding {unpadded:.2f}" if mode == "bucket" else ""
+        console.print(f"{mode}: least dispatch efficiency {least}{past}")
 
 
 def _nothing_routed(console: Console, cells: list[dict[str, Any]]) -> None:

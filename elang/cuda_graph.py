@@ -244,6 +244,7 @@ class Graphs:
     def _forget(self) -> None:
         self._lock = threading.Lock()
         self._runtime: Any = None
+        self._settle: finalize[Any, Graphs] | None = None  # waits for the last launch
         self._weights: Weights | None = None
         self._captured: dict[Any, _Captured] = {}
 
@@ -308,10 +309,10 @@ class Graphs:
         captured.batches.scatter_add_(0, bucket, -(n > 0).long())
 
     def _drop(self) -> None:
-        if self._runtime is not None:
-            self._runtime.wait()
+        if self._settle is not None:
+            self._settle()
         self._captured.clear()
-        self._runtime = self._weights = None
+        self._runtime = self._settle = self._weights = None
 
     def _key(self, model: Model, inputs: dict[str, Any]) -> Any:
         """Everything that a graph takes as given."""
@@ -346,7 +347,8 @@ class Graphs:
             if not self._captured:
                 self._runtime = Cuda(model.device)
                 # Nobody may have the memory of a graph that still runs.
-                finalize(self, self._runtime.wait).atexit = False
+                self._settle = finalize(self, self._runtime.wait)
+                self._settle.atexit = False
                 self._weights = Weights(model)
             try:
                 # torch captures one graph at a time. Nothing made here may be an inference tensor: it is written later.
@@ -385,9 +387,8 @@ class Graphs:
             return graph, result, grown
 
         route = self._warmed_up("swift", lambda: model.decide(own))
-        decide, later, swift_bytes = capture(
-            "swift", lambda: model.decide(own)
-        )  # `later` has no values before a launch
+        # `later` has no values before a launch: until then what follows a decision follows `route`.
+        decide, later, swift_bytes = capture("swift", lambda: model.decide(own))
         sizes = sizes_of(len(route.order), self._plan.buckets)
         routed = torch.empty_like(self._warmed_up("super_", partial(self._answers, route, own, sizes[-1])))
 

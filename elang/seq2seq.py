@@ -41,8 +41,7 @@ class JointSeq2Seq(nn.Module):
         super_device: where Super's inputs are sent, if Super is not on Swift's device.
 
     Raises:
-        ValueError: no encoder-decoder, a head of another width, vocabularies or special tokens that differ: those pairs
-            join as text, by `elang.pipeline`.
+        ValueError: no encoder-decoder, a head of another width, vocabularies or special tokens that differ.
     """
 
     swift: Any
@@ -106,7 +105,7 @@ class JointSeq2Seq(nn.Module):
             raise ValueError(
                 f"num_return_sequences: got {each} of one model and {other[0]} of the other, wanted the same"
             )
-        sequences = _merged_sequences(parts, route.order, each, self._pad_token())
+        sequences = _merged_sequences(parts, route.order, each, self.config.pad_token_id)
         if not return_dict_in_generate:
             return sequences
         output = GenerateEncoderDecoderOutput(sequences=sequences)  # type: ignore[arg-type]
@@ -174,7 +173,7 @@ class JointSeq2Seq(nn.Module):
         if not isinstance(given, Tensor):
             raise ValueError(f"input_ids: got {type(given).__name__}, wanted a tensor [N, M], or inputs_embeds")
         if "attention_mask" not in inputs:
-            pad = self._pad_token()
+            pad = self.config.pad_token_id
             real = (
                 given != pad if given.dim() == 2 and pad is not None else torch.ones(given.shape[:2], dtype=torch.bool)
             )
@@ -218,9 +217,6 @@ class JointSeq2Seq(nn.Module):
 
     def _routing(self, route: Route) -> Routing:
         return Routing(route.score, route.order, route.n_routed, None, None, "exact")
-
-    def _pad_token(self) -> int | None:
-        return self.config.pad_token_id  # type: ignore[no-any-return]
 
 
 def _merged(parts: list[Tensor], order: Tensor) -> Tensor:
