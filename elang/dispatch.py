@@ -44,6 +44,7 @@ class Routing(NamedTuple):
     overflow: Tensor | None  # [1] int32, routed rows that Super had no room for; None: the mode has room for all
     degraded: Tensor | None  # [N] bool, routed rows that Swift answers, for want of room or of Super; None: none can be
     mode: str  # the dispatch mode, and "+route_logits" where Swift's head could not be taken over
+    late_score: Tensor | None = None  # [N] float32, of what Swift decoded, NaN where it did not; None: no second gate
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,40 @@ from elang import checks, ops
 from elang.reference import Route
 
 
-class Router(nn.Module):
-    """Scores every row and keeps it iff the score is finite and at least `threshold` (the paper's
-    J(x)).
+class Gate(nn.Module):
+    """A score and its threshold: a row stays with Swift iff its score is finite and at least `threshold`.
 
     The threshold is a float32 buffer of shape [1]: it moves between devices with the module, stays float32 through
     `.half()`, `.bfloat16()` and `.to(dtype)` (1.31044 would be 1.3125 in bfloat16), and the ops read it where it
     lies, so that `set_threshold` needs no recompilation. Never synchronises.
+    """
+
+    threshold: Tensor  # [1] float32
+
+    def __init__(self, score: str, threshold: float) -> None:
+        super().__init__()
+        self.score = score
+        self.register_buffer("threshold", torch.empty(1, dtype=torch.float32))
+        self.set_threshold(threshold)
+
+    def set_threshold(self, threshold: float) -> None:
+        """Replace the threshold in place: captured graphs and compiled code see it at the next call."""
+        checks.threshold(threshold)
+        self.threshold.copy_(torch.tensor([threshold], dtype=torch.float32))
+
+    def extra_repr(self) -> str:
+        return f"score={self.score!r}, threshold={self.threshold.item()}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Gate:
+        exact = self.threshold
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.threshold.dtype != torch.float32:  # rounded to the models' dtype: only the choice of device is taken
+            self.threshold = exact.to(self.threshold.device)
+        return self
+
+
+class Router(Gate):
+    """The gate at Swift's logits (the paper's J(x)).
 
     Args:
         score: one of `elang.reference.SCORES`; every score is higher where Swift is surer.
@@ -28,21 +55,11 @@ class Router(nn.Module):
         TypeError, ValueError: unknown score, NaN threshold, temperature not finite or not > 0.
     """
 
-    threshold: Tensor  # [1] float32
-
     def __init__(self, score: str = "energy", *, threshold: float, temperature: float = 1.0) -> None:
-        super().__init__()
         checks.score(score)
         checks.temperature(temperature)
-        self.score = score
+        super().__init__(score, threshold)
         self.temperature = float(temperature)
-        self.register_buffer("threshold", torch.empty(1, dtype=torch.float32))
-        self.set_threshold(threshold)
-
-    def set_threshold(self, threshold: float) -> None:
-        """Replace the threshold in place: captured graphs and compiled code see it at the next call."""
-        checks.threshold(threshold)
-        self.threshold.copy_(torch.tensor([threshold], dtype=torch.float32))
 
     def forward(
         self,
@@ -58,11 +75,4 @@ class Router(nn.Module):
         return ops.route_logits(logits, self.threshold, score=self.score, temperature=self.temperature)
 
     def extra_repr(self) -> str:
-        return f"score={self.score!r}, threshold={self.threshold.item()}, temperature={self.temperature}"
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
-        exact = self.threshold
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.threshold.dtype != torch.float32:  # rounded to the models' dtype: only the choice of device is taken
-            self.threshold = exact.to(self.threshold.device)
-        return self
+        return f"{super().extra_repr()}, temperature={self.temperature}"

@@ -9,63 +9,66 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.generation.utils import GenerateEncoderDecoderOutput
-from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
+from transformers.modeling_outputs import Seq2SeqLMOutput
 
-from elang import dispatch
+from elang import dispatch, ops
 from elang.contract import check_eval
-from elang.dispatch import MODES, Plan, Routing
 from elang.energy_head import EnergyHead
-from elang.reference import Route
+from elang.gated import ENCODER_INPUTS, Gated, GatedSwift, by_row
+from elang.late import LateRouter
 from elang.router import Router
 from elang.stats import Counts, Stats
-from elang.super_model import SuperModel, sent
+from elang.super_model import sent
 
-ENCODER_INPUTS = ("input_ids", "attention_mask", "inputs_embeds")
 # What one model says of itself, and two cannot say together.
 _OF_ONE_MODEL = ("output_attentions", "output_hidden_states", "output_scores", "output_logits")
 
 
 class JointSeq2Seq(nn.Module):
-    """Swift decodes the rows that an energy head on its encoder is sure of, Super the others; used like either of them.
+    """Swift decodes the rows that it is sure of, Super the others; used like either of them.
 
-    Swift's encoder runs once, over all rows. A kept row is decoded from the states that it gave; a routed row never
-    meets Swift's decoder and goes to Super as it came, without the padding that only others needed. For inference only,
-    both models in eval mode and of one vocabulary; neither is changed. Nothing is kept between calls: threads may share
-    a joint model.
+    Swift's encoder runs once, over all rows. Gate 1, an energy head on its states, sends rows to Super that Swift's
+    decoder never meets; gate 2 sends those that Swift has decoded without conviction. A kept row is decoded from the
+    states that the encoder gave; a routed row goes to Super as it came, without the padding that only others needed.
+    For inference only, both models in eval mode and of one vocabulary (else: `elang.pipeline`); neither is changed.
+    Nothing is kept between calls: threads may share a joint model.
 
     Args:
         swift, super_: Hugging Face encoder-decoders (`AutoModelForSeq2SeqLM`). Each generates by its own
             `generation_config`; what is passed to `generate` holds for both.
-        head: on Swift's encoder; moved to Swift's device and dtype.
-        router: score and threshold; moved to Swift's device.
+        head, router: gate 1, or neither; moved to Swift's device, the head to its dtype.
+        late: gate 2, or none; moved to Swift's device.
         super_device: where Super's inputs are sent, if Super is not on Swift's device.
 
     Raises:
-        ValueError: no encoder-decoder, a head of another width, vocabularies or special tokens that differ.
+        ValueError: no encoder-decoder, no gate, a head of another encoder, vocabularies or special tokens that differ.
     """
 
     swift: Any
     super_: Any
     config: Any
-    head: EnergyHead
 
     def __init__(
         self,
         swift: nn.Module,
         super_: nn.Module,
-        head: EnergyHead,
-        router: Router,
+        head: EnergyHead | None = None,
+        router: Router | None = None,
+        *,
+        late: LateRouter | None = None,
         super_device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        _check_pair(swift, super_, head)
+        gated = GatedSwift(swift, head, router, late)
+        _check_pair(swift, super_)
         parameter = next(swift.parameters())
         self.swift, self.super_ = swift, super_
-        self.head = head.to(parameter.device, parameter.dtype)
-        self.router = router.to(parameter.device)
+        self.head = None if head is None else head.to(parameter.device, parameter.dtype)
+        self.router = None if router is None else router.to(parameter.device)
+        self.late = None if late is None else late.to(parameter.device)
+        self.gated = gated
         self.counts = Counts().to(parameter.device)
-        device = None if super_device is None else torch.device(super_device)
-        self.plan = Plan(SuperModel(super_, device), counts=self.counts)
+        self.super_device = None if super_device is None else torch.device(super_device)
         self.config = super_.config
         self.training = False
 
@@ -90,26 +93,21 @@ class JointSeq2Seq(nn.Module):
         """
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
         rows, options = self._split(inputs)
-        route, states, count = self._decide(rows)
-
-        def swift(kept: dict[str, Any]) -> Tensor:
-            return self.swift.generate(**kept, **options)  # type: ignore[no-any-return]
-
-        def super_(routed: dict[str, Any]) -> Tensor:
-            return self.super_.generate(**routed, **options)  # type: ignore[no-any-return]
-
-        parts = self._answer(rows, route, states, count, swift, super_)
-        rows_of_parts = [n for n in (count.n_routed, len(route.order) - count.n_routed) if n]
-        each, *other = {len(part) // n for part, n in zip(parts, rows_of_parts, strict=True)}
-        if other:
+        gated = self.gated.generate(rows, **options)
+        routed = self._routed(rows, gated, lambda inputs: self.super_.generate(**inputs, **options))
+        if routed is not None:
+            routed = by_row(routed, gated.n_routed)
+        parts = [part for part in (routed, gated.kept) if part is not None]
+        if len({part.shape[1] for part in parts}) > 1:
             raise ValueError(
-                f"num_return_sequences: got {each} of one model and {other[0]} of the other, wanted the same"
+                f"num_return_sequences: got {parts[0].shape[1]} of Super and {parts[1].shape[1]} of Swift, "
+                "wanted the same"
             )
-        sequences = _merged_sequences(parts, route.order, each, self.config.pad_token_id)
+        sequences = _merged(_padded(parts, self.config.pad_token_id), gated.routing.order).flatten(0, 1)
         if not return_dict_in_generate:
             return sequences
         output = GenerateEncoderDecoderOutput(sequences=sequences)  # type: ignore[arg-type]
-        output.routing = self._routing(route)
+        output.routing = gated.routing
         return output
 
     @torch.no_grad()
@@ -125,29 +123,30 @@ class JointSeq2Seq(nn.Module):
         """Teacher-forced logits [N, L, V] of every row, by the model that answers it; with labels their loss too.
 
         Raises:
-            ValueError: neither `decoder_input_ids` nor `labels`; outputs of one model asked for.
+            ValueError: neither `decoder_input_ids` nor `labels`; outputs of one model asked for; a late router, which
+                scores what `generate` decodes.
             RuntimeError: Swift or Super is in training mode.
         """
+        if self.late is not None:
+            raise ValueError("late: scores what generate() decodes; wanted a joint model without it for forward()")
         if decoder_input_ids is None:
             if labels is None:
                 raise ValueError("decoder_input_ids: got None, wanted them or labels")
             decoder_input_ids = self.super_.prepare_decoder_input_ids_from_labels(labels=labels)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "decoder_input_ids": decoder_input_ids}
         rows, options = self._split({**inputs, **kwargs, "use_cache": False})
-        route, states, count = self._decide(rows)
 
         def swift(kept: dict[str, Any]) -> Tensor:
             return self.swift(**kept, **options).logits.to(self.super_.dtype)  # type: ignore[no-any-return]
 
-        def super_(routed: dict[str, Any]) -> Tensor:
-            return self.super_(**routed, **options).logits  # type: ignore[no-any-return]
-
-        logits = _merged(self._answer(rows, route, states, count, swift, super_), route.order)
+        gated = self.gated.before(rows, swift)
+        routed = self._routed(rows, gated, lambda inputs: self.super_(**inputs, **options).logits)
+        logits = _merged([part for part in (routed, gated.kept) if part is not None], gated.routing.order)
         loss = None if labels is None else F.cross_entropy(logits.flatten(0, 1), labels.to(logits.device).flatten())
         output = Seq2SeqLMOutput(loss=loss, logits=logits)
         if return_dict is False:
             return output.to_tuple()
-        output.routing = self._routing(route)
+        output.routing = gated.routing
         return output
 
     @property
@@ -185,38 +184,21 @@ class JointSeq2Seq(nn.Module):
         }
         return rows, {name: value for name, value in inputs.items() if name not in rows}
 
-    def _decide(self, rows: dict[str, Tensor]) -> tuple[Route, Tensor, dispatch.Count]:
-        encoded = {name: rows[name] for name in ENCODER_INPUTS if name in rows}
-        states = self.swift.get_encoder()(**encoded).last_hidden_state
-        route = self.head.decide(states, rows["attention_mask"], self.router)
-        return route, states, dispatch.read(MODES["exact"], route, rows, self.plan)
-
-    def _answer(
-        self,
-        rows: dict[str, Tensor],
-        route: Route,
-        states: Tensor,
-        count: dispatch.Count,
-        swift: Callable[[dict[str, Any]], Tensor],
-        super_: Callable[[dict[str, Any]], Tensor],
-    ) -> list[Tensor]:
-        """Super's answers to the routed rows, then Swift's to the kept ones; nobody's where there are none."""
-        answers = []
-        if count.n_routed:
-            of_encoder = {name: value for name, value in rows.items() if name in ENCODER_INPUTS}
-            assert count.length is not None, "there is a mask"
-            trimmed = dispatch.trimmed(of_encoder, rows["attention_mask"].shape[1], count.length)
-            routed = dispatch.gathered(route, {**rows, **trimmed}, self.plan, count.n_routed)
-            device = self.plan.super_.device
-            answers.append(super_(dict(routed) if device is None else sent(routed, device)).to(states.device))
-        if count.n_routed < len(route.order):
-            order = route.order[count.n_routed :]
-            kept = {name: value[order] for name, value in rows.items() if name not in ("input_ids", "inputs_embeds")}
-            answers.append(swift({**kept, "encoder_outputs": BaseModelOutput(last_hidden_state=states[order])}))
-        return answers
-
-    def _routing(self, route: Route) -> Routing:
-        return Routing(route.score, route.order, route.n_routed, None, None, "exact")
+    def _routed(
+        self, rows: dict[str, Tensor], gated: Gated, super_: Callable[[dict[str, Any]], Tensor]
+    ) -> Tensor | None:
+        """Super's answers to the routed rows, on Swift's device; None where there are none."""
+        order, n_routed = gated.routing.order, gated.n_routed
+        self.counts.add(len(order), n_routed, n_routed)
+        if n_routed == 0:
+            return None
+        of_encoder = {name: value for name, value in rows.items() if name in ENCODER_INPUTS}
+        inputs = {**rows, **dispatch.trimmed(of_encoder, rows["attention_mask"].shape[1], gated.length)}
+        routed = dict(
+            zip(inputs, ops.gather_rows(list(inputs.values()), order, gated.routing.n_routed, n_routed), strict=True)
+        )
+        answers = super_(routed if self.super_device is None else dict(sent(routed, self.super_device)))
+        return answers.to(order.device)
 
 
 def _merged(parts: list[Tensor], order: Tensor) -> Tensor:
@@ -225,25 +207,19 @@ def _merged(parts: list[Tensor], order: Tensor) -> Tensor:
     return torch.empty_like(together).index_copy_(0, order, together)
 
 
-def _merged_sequences(parts: list[Tensor], order: Tensor, each: int, pad: int | None) -> Tensor:
-    """As many sequences for each row, in input order, padded at the end to the longest."""
-    length = max(part.shape[1] for part in parts)
-    padded = [F.pad(part, (0, length - part.shape[1]), value=0 if pad is None else pad) for part in parts]
-    groups = [part.view(-1, each, length) for part in padded]
-    return _merged(groups, order).flatten(0, 1)
+def _padded(parts: list[Tensor], pad: int | None) -> list[Tensor]:
+    """Sequences [K, num_return_sequences, L] of each part, padded at the end to the longest of all."""
+    length = max(part.shape[-1] for part in parts)
+    return [F.pad(part, (0, length - part.shape[-1]), value=0 if pad is None else pad) for part in parts]
 
 
-def _check_pair(swift: Any, super_: Any, head: EnergyHead) -> None:
-    for name, model in (("swift", swift), ("super_", super_)):
-        if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-            raise ValueError(f"{name}: got {type(model).__name__}, wanted an encoder-decoder")
+def _check_pair(swift: Any, super_: Any) -> None:
+    if not getattr(getattr(super_, "config", None), "is_encoder_decoder", False):
+        raise ValueError(f"super_: got {type(super_).__name__}, wanted an encoder-decoder")
     for name in ("vocab_size", "pad_token_id", "eos_token_id", "decoder_start_token_id"):
         ours, theirs = getattr(swift.config, name, None), getattr(super_.config, name, None)
         if ours != theirs:
             raise ValueError(
-                f"super_: got {name} {theirs}, wanted Swift's {ours}: different vocabularies only join as text"
+                f"super_: got {name} {theirs}, wanted Swift's {ours}: models of different vocabularies are joined as "
+                "text, by elang.pipeline"
             )
-    if head.output.in_features != swift.config.hidden_size:
-        raise ValueError(
-            f"head: got one for states of {head.output.in_features}, wanted {swift.config.hidden_size}, as Swift's are"
-        )

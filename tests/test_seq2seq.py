@@ -10,9 +10,11 @@ import pytest
 import torch
 import transformers
 from torch import Tensor
+from transformers.generation.utils import GenerateEncoderDecoderOutput
 
 from elang import reference
 from elang.energy_head import EnergyHead, pooled
+from elang.late import LATE_SCORES, LateRouter, late_scores
 from elang.router import Router
 from elang.seq2seq import JointSeq2Seq
 
@@ -214,7 +216,7 @@ def test_generation_configs_are_each_model_s_own(pair):
         assert joint.generate(**batch).shape[1] == new + 1
     swift.generation_config.num_return_sequences = swift.generation_config.num_beams = 2
     route(joint, batch, 2)
-    with pytest.raises(ValueError, match="num_return_sequences: got 1 of one model and 2 of the other"):
+    with pytest.raises(ValueError, match="num_return_sequences: got 1 of Super and 2 of Swift"):
         joint.generate(**batch)
 
 
@@ -249,3 +251,119 @@ def test_what_does_not_go_together_is_refused(pair):
             joint.generate(**batch)
     finally:
         super_.eval()
+
+
+def late_by_hand(model: Any, encoded: dict[str, Tensor], sequence: Tensor) -> dict[str, float]:
+    """The late scores of one sequence [L], which starts with the decoder's first token, from a teacher-forced pass."""
+    tokens = sequence[1:].tolist()
+    tokens = tokens[: tokens.index(1) + 1] if 1 in tokens else tokens
+    decoder = sequence[: len(tokens)].unsqueeze(0)
+    with torch.no_grad():
+        logits = model(**encoded, decoder_input_ids=decoder).logits[0].double()
+    log_p = logits.log_softmax(-1)[torch.arange(len(tokens)), tokens]
+    energy = logits.logsumexp(-1).mean().item()
+    return {
+        "mean_log_prob": log_p.mean().item(),
+        "sum_log_prob": log_p.sum().item(),
+        "min_log_prob": log_p.min().item(),
+        "decoder_energy": energy,
+    }
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"do_sample": True}, {"num_beams": 2, "max_new_tokens": 9}])
+def test_late_scores_are_those_of_a_teacher_forced_pass(pair, options):
+    _, model = pair
+    batch = inputs((9, 3, 5, 1, 7, 2))
+    output = model.generate(**batch, **options, return_dict_in_generate=True, output_logits=True)
+    got = late_scores(output, model.generation_config.eos_token_id)
+    assert tuple(got) == LATE_SCORES
+    for i, sequence in enumerate(output.sequences):
+        want = late_by_hand(model, {name: value[i : i + 1] for name, value in batch.items()}, sequence)
+        for name, values in got.items():
+            assert values[i].item() == pytest.approx(want[name], rel=1e-4, abs=1e-4), (i, name)
+
+
+def test_late_scores_end_with_the_sequence():
+    """Greedy rows of two beams' length: what comes behind the first end of sequence counts for nothing."""
+    logits = torch.randn(4, 2, 8).unbind()
+    output = GenerateEncoderDecoderOutput(sequences=torch.tensor([[0, 5, 1, 0, 0], [0, 1, 7, 7, 7]]), logits=logits)
+    long = late_scores(output, 1)
+    short = GenerateEncoderDecoderOutput(sequences=torch.tensor([[0, 5, 1], [0, 1, 7]]), logits=logits[:2])
+    for name, values in late_scores(short, [1, 6]).items():
+        torch.testing.assert_close(long[name], values)
+    assert late_scores(output, None)["sum_log_prob"][1] < long["sum_log_prob"][1]
+
+
+GATES = {"both": True, "late alone": False}
+
+
+@pytest.mark.parametrize("how", ["greedy", "beam", "several"])
+@pytest.mark.parametrize("first", GATES)
+def test_the_second_gate_sends_what_was_decoded_without_conviction(pair, how, first):
+    swift, super_ = pair
+    batch, options = inputs(), OPTIONS[how]
+    each = options.get("num_return_sequences", 1)
+    alone = swift.generate(**batch, **options, return_dict_in_generate=True, output_logits=True)
+    late_score = late_scores(alone, 1)["mean_log_prob"].view(6, each)[:, 0]
+    early = joint_of(swift, super_)
+    gone = route(early, batch, 2).tolist() if GATES[first] else []
+    left = [i for i in range(6) if i not in gone]
+    by_need = sorted(left, key=lambda i: late_score[i].item())
+    for more in range(len(left) + 1):
+        edges = [-INF, *(late_score[i].item() for i in by_need), INF]
+        late = LateRouter(threshold=sum(edges[more : more + 2]) / 2)
+        gate_1 = (early.head, early.router) if GATES[first] else (None, None)
+        joint = JointSeq2Seq(swift, super_, *gate_1, late=late)
+        output = joint.generate(**batch, **options, return_dict_in_generate=True)
+        rows = sorted(gone + by_need[:more])
+        kept = [i for i in range(6) if i not in rows]
+        assert output.routing.order.tolist() == rows + kept
+        assert (joint.stats.rows, joint.stats.routed) == (6, len(rows))
+        assert output.routing.late_score.isnan().nonzero().flatten().tolist() == gone
+        torch.testing.assert_close(output.routing.late_score[left], late_score[left], rtol=1e-4, atol=1e-4)
+        of_gate_1 = early.generate(**batch, return_dict_in_generate=True).routing.score
+        torch.testing.assert_close(
+            output.routing.score, of_gate_1 if GATES[first] else output.routing.late_score, equal_nan=True
+        )
+        got = output.sequences.view(6, each, -1)
+        if kept:
+            want = padded(alone.sequences, got.shape[2]).view(6, each, -1)[:, :, : got.shape[2]]
+            assert torch.equal(got[kept], want[kept])
+        if rows:
+            longest = int(batch["attention_mask"][rows].sum(1).max())
+            want = super_.generate(**{name: value[rows][:, :longest] for name, value in batch.items()}, **options)
+            assert torch.equal(got[rows].flatten(0, 1), padded(want, got.shape[2]))
+
+
+def test_what_the_first_gate_routes_swift_never_decodes(pair):
+    swift, super_ = pair
+    early, batch = joint_of(swift, super_), inputs()
+    route(early, batch, 2)
+    joint = JointSeq2Seq(swift, super_, early.head, early.router, late=LateRouter(threshold=INF))
+    seen: dict[str, list[int]] = {"swift": [], "super": []}
+    hooks = [
+        model.get_decoder().register_forward_hook(
+            lambda m, a, k, o, name=name: seen[name].append(len(o[0])), with_kwargs=True
+        )
+        for name, model in (("swift", swift), ("super", super_))
+    ]
+    joint.generate(**batch)
+    for hook in hooks:
+        hook.remove()
+    assert set(seen["swift"]) == {4}
+    assert set(seen["super"]) == {6}  # both gates' rows in one batch
+
+
+def test_a_late_router_says_what_it_cannot_do(pair):
+    swift, super_ = pair
+    with pytest.raises(ValueError, match="score: got 'energy', wanted one of mean_log_prob"):
+        LateRouter("energy", threshold=0.0)
+    with pytest.raises(ValueError, match="head, late: got neither"):
+        JointSeq2Seq(swift, super_)
+    with pytest.raises(ValueError, match="head, router: got one of them"):
+        JointSeq2Seq(swift, super_, EnergyHead(16, 3), late=LateRouter(threshold=0.0))
+    joint = JointSeq2Seq(swift, super_, late=LateRouter(threshold=0.0))
+    with pytest.raises(ValueError, match="late: scores what generate"):
+        joint(**inputs(), labels=inputs()["input_ids"])
+    joint = copy.deepcopy(joint).half()
+    assert joint.late.threshold.dtype == torch.float32

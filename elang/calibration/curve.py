@@ -51,3 +51,17 @@ def area(share_kept: NDArray[np.float64], accuracy: NDArray[np.float64]) -> floa
     """
     widths, heights = np.diff(share_kept), (accuracy[1:] + accuracy[:-1]) / 2
     return float(widths @ heights + (1 - share_kept[-1]) * accuracy[-1])
+
+
+def auroc(score: NDArray[np.floating], positive: NDArray[np.bool_]) -> float:
+    """The probability that a positive row scores above a negative one, a tie being half a win (Mann and Whitney 1947).
+
+    Raises:
+        ValueError: all rows are of one kind.
+    """
+    wins, negatives = int(positive.sum()), int((~positive).sum())
+    if not wins or not negatives:
+        raise ValueError(f"positive: got {wins} of {len(positive)} rows, wanted both kinds")
+    _, place, count = np.unique(score, return_inverse=True, return_counts=True)
+    rank = np.cumsum(count) - (count - 1) / 2  # of each distinct score, ties sharing the mean
+    return float((rank[place[positive]].sum() - wins * (wins + 1) / 2) / (wins * negatives))

@@ -18,7 +18,8 @@ from elang.demo import report
 from elang.demo.data import Dataset, cache_folder, movie_reviews, read_csv
 from elang.demo.measure import Answered, Point, Row, figures
 from elang.demo.train import MAX_LENGTH, Pair, train_pair
-from elang.evaluation.predict import Encoded, Report, predict, predict_scored
+from elang.evaluation.predict import Encoded, predict, predict_scored
+from elang.progress import Report
 
 KEPT = (0.5, 0.7, 0.8)
 MAX_DROP = 0.01

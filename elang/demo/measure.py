@@ -12,9 +12,10 @@ import torch
 from numpy.typing import NDArray
 
 from elang.evaluation.flops import row_flops
-from elang.evaluation.predict import Encoded, Report
+from elang.evaluation.predict import Encoded
 from elang.evaluation.timing import NaiveCascade, alternate, dispatch_efficiency, eta, medians, routed_inputs
 from elang.joint import JointClassifier
+from elang.progress import Report
 from elang.router import Router
 
 SWIFT, SUPER, NAIVE = "Swift", "Super", "naive"

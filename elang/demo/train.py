@@ -27,7 +27,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, get_
 from transformers.utils import logging as transformers_logging
 
 from elang.demo.data import ENCODER, Dataset, fetch
-from elang.evaluation.predict import Encoded, Report, predict
+from elang.evaluation.predict import Encoded, predict
+from elang.progress import Report
 
 MAX_LENGTH = 48  # tokens
 TEACHER_TEMPERATURE = 2.0

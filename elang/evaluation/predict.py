@@ -2,38 +2,53 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
+from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from elang import backbones
+from elang.progress import Report, silent
 from elang.reference import SCORES
 from elang.router import Router
-
-Report = Callable[[int, int], None]  # rows done, of so many
 
 CLASSIFIER_SCORES = tuple(name for name in SCORES if name != "logit")
 
 
-def _silent(done: int, total: int) -> None:
-    pass
+def longest_input(tokenizer: Any, config: Any) -> int | None:
+    """The tokens that tokenizer and model say they take; None if neither does."""
+    said = tokenizer.model_max_length, getattr(config, "max_position_embeddings", None)
+    known = [length for length in said if length is not None and length < VERY_LARGE_INTEGER]
+    return min(known, default=None)
 
 
 class Encoded:
-    """N tokenised texts, cut at `max_length` tokens, and the batches made of them."""
+    """N tokenised texts, cut at `max_length` tokens if it is given, and the batches made of them."""
 
-    def __init__(self, tokenizer: Any, texts: Sequence[str], max_length: int) -> None:
+    def __init__(self, tokenizer: Any, texts: Sequence[str], max_length: int | None) -> None:
         self._tokenizer = tokenizer
-        self._columns = dict(tokenizer(list(texts), truncation=True, max_length=max_length))
+        self._columns = dict(tokenizer(list(texts), truncation=max_length is not None, max_length=max_length))
         self.lengths = np.array([len(ids) for ids in self._columns["input_ids"]], dtype=np.int64)  # [N]
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    @property
+    def ids(self) -> list[list[int]]:
+        """The tokens of each text."""
+        return list(self._columns["input_ids"])
+
+    @property
+    def sha256(self) -> str:
+        """Of the tokens."""
+        return hashlib.sha256(json.dumps(self.ids).encode()).hexdigest()
 
     def batch(self, rows: Sequence[int] | NDArray[np.int64]) -> dict[str, Tensor]:
         """The models' inputs for these rows, padded to the longest of them."""
@@ -47,7 +62,7 @@ class Encoded:
 
 
 @torch.inference_mode()
-def predict(model: Any, texts: Encoded, *, batch_size: int = 32, report: Report = _silent) -> NDArray[np.float32]:
+def predict(model: Any, texts: Encoded, *, batch_size: int = 32, report: Report = silent) -> NDArray[np.float32]:
     """Logits [N, C] of a model on the CPU, in the order of `texts`."""
     rows = list(texts.by_length(batch_size))
     logits = []
@@ -65,7 +80,7 @@ def predict_scored(
     scores: Sequence[str] = CLASSIFIER_SCORES,
     temperature: float = 1.0,
     batch_size: int = 32,
-    report: Report = _silent,
+    report: Report = silent,
 ) -> tuple[NDArray[np.float32], dict[str, NDArray[np.float32]]]:
     """Swift's logits [N, C] and each score [N], from the very op that a `JointClassifier` decides by."""
     backbone = backbones.find(swift)
