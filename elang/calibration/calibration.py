@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
-from datetime import datetime, timezone
 from pathlib import Path
 from statistics import NormalDist
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, model_validator
+from pydantic import model_validator
 
-from elang import __version__
 from elang.calibration import bounds
+from elang.calibration.artefact import Artefact, Float32, Provenance, Record
 from elang.calibration.bounds import InfeasibleTarget
 from elang.calibration.curve import Thresholds, area, every_threshold
 
@@ -25,42 +23,7 @@ if TYPE_CHECKING:
 CURVE_POINTS = 201
 
 
-def _as_float32(value: float) -> float:
-    with np.errstate(over="ignore"):
-        rounded = float(np.float32(value))
-    if math.isnan(rounded) or math.isinf(rounded) != math.isinf(value):
-        raise ValueError(f"got {value}, wanted a float32 value or +/-inf")
-    return rounded
-
-
-# A Python float that is exactly a float32, so its shortest decimal form brings back every bit. JSON has no infinity:
-# +/-inf are the strings "inf" and "-inf" there.
-Float32 = Annotated[
-    float,
-    Field(allow_inf_nan=True),
-    AfterValidator(_as_float32),
-    PlainSerializer(lambda t: t if math.isfinite(t) else str(t), when_used="json"),
-]
-
-
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class Provenance(_Record):
-    """Where a calibration comes from. A threshold means nothing under another model, dtype or backend."""
-
-    swift: str | None = None  # name or fingerprint of the model
-    super: str | None = None
-    data: str | None = None  # name or description of the rows
-    data_sha256: str | None = None
-    dtype: str | None = None  # in which the scores were computed
-    backend: str | None = None  # of the op that computed them: `elang.backend.served`
-    library: str = __version__  # of elang
-    date: str = Field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
-
-
-class Curve(_Record):
+class Curve(Record):
     """Accuracy of the joint model against the share of rows kept, for one score: columns of at most 201 points.
 
     Points run from "route all" (threshold `inf`) to "keep every finite row" (`-inf`). Each is the exact outcome of its
@@ -77,7 +40,7 @@ class Curve(_Record):
     threshold: tuple[Float32, ...]
 
 
-class Target(_Record):
+class Target(Record):
     """What was asked for, and what the chosen threshold does on the calibration rows."""
 
     kind: Literal["swift_share", "max_drop", "best_accuracy"]
@@ -92,7 +55,7 @@ class Target(_Record):
     note: str  # what this does and does not prove
 
 
-class Calibration(_Record):
+class Calibration(Artefact):
     """A threshold for `elang.Router` with the evidence for it. Saved as JSON that a person can read and compare."""
 
     version: Literal[1] = 1
@@ -138,21 +101,6 @@ class Calibration(_Record):
             f"Row by row against Super that is {0 - 100 * t.drop:+.1f} points, at worst {0 - 100 * t.drop_upper:+.1f} "
             f"with {level} confidence. {t.note}{unusable if self.curve.not_finite else ''}"
         )
-
-    def save(self, path: str | Path) -> None:
-        """Write JSON: one line per field, one line per column of a curve."""
-        # A raw newline never occurs inside a JSON string, so this folds arrays of plain values and nothing else.
-        text = re.sub(
-            r"\[\n([^\[\]{}]*)\n\s*\]",
-            lambda array: f"[{' '.join(array[1].split())}]",
-            self.model_dump_json(indent=2),
-        )
-        Path(path).write_text(text + "\n", encoding="utf-8")
-
-    @classmethod
-    def load(cls, path: str | Path) -> Calibration:
-        """Read what `save` wrote, bit for bit. Raises ValueError for anything else, such as another version."""
-        return cls.model_validate_json(Path(path).read_text(encoding="utf-8"))
 
     def plot(self, path: str | Path | None = None) -> Figure:
         """Accuracy against share kept, written to `path` (its suffix is the format) if given. Needs `elang[report]`."""

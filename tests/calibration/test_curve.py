@@ -6,8 +6,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from sklearn.metrics import roc_auc_score
 
-from elang.calibration.curve import area, every_threshold
+from elang.calibration.curve import area, auroc, every_threshold
 from elang.reference import keep_mask
 
 SPECIAL = [np.nan, np.inf, -np.inf, 0.0, -0.0, 1.0, np.nextafter(np.float32(1), np.float32(2)), 1e-45, 3.4e38]
@@ -56,3 +57,12 @@ def test_area_is_the_mean_over_shares():
 
 def test_area_holds_the_last_accuracy_where_no_more_rows_can_be_kept():
     assert area(np.array([0.0, 0.5]), np.array([0.8, 0.6])) == pytest.approx(0.5 * 0.7 + 0.5 * 0.6)
+
+
+@given(hnp.arrays(np.float32, 30, elements=st.sampled_from([-1.0, 0.0, 0.5, 2.0])), hnp.arrays(np.bool_, 30))
+def test_auroc_is_the_share_of_pairs_in_the_right_order(score, positive):
+    if positive.all() or not positive.any():
+        with pytest.raises(ValueError, match="positive: got"):
+            auroc(score, positive)
+    else:
+        assert auroc(score, positive) == pytest.approx(roc_auc_score(positive, score))
