@@ -5,10 +5,13 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc cmake -type f)
 
-.PHONY: demo test lint bench check-gpu clean
+.PHONY: demo demo-seq2seq test lint bench check-gpu clean
 
 demo: $(VENV)/.installed
 	$(BIN)/elang demo
+
+demo-seq2seq: $(VENV)/.installed
+	$(BIN)/elang demo seq2seq
 
 test: lint
 	$(BIN)/python -m pytest

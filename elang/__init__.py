@@ -12,10 +12,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from elang.backbones import register_backbone
     from elang.backend import warmup
-    from elang.calibration import Calibration, InfeasibleTarget, calibrate
+    from elang.calibration import (
+        Calibration,
+        Costs,
+        GateCalibration,
+        InfeasibleTarget,
+        calibrate,
+        calibrate_gates,
+    )
     from elang.energy_head import EnergyHead
+    from elang.head_fitting import fit_energy_head
     from elang.joint import JointClassifier
+    from elang.late import LateRouter, late_scores
     from elang.ops import gather_rows, merge_rows, route, route_logits, vocab_energy
+    from elang.pipeline import pipeline
     from elang.reference import Route, VocabEnergy
     from elang.router import Router
     from elang.seq2seq import JointSeq2Seq
@@ -24,16 +34,23 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Calibration": "calibration",
+    "Costs": "calibration",
     "EnergyHead": "energy_head",
+    "GateCalibration": "calibration",
     "InfeasibleTarget": "calibration",
     "JointClassifier": "joint",
     "JointSeq2Seq": "seq2seq",
+    "LateRouter": "late",
     "Route": "reference",
     "Router": "router",
     "VocabEnergy": "reference",
     "calibrate": "calibration",
+    "calibrate_gates": "calibration",
+    "fit_energy_head": "head_fitting",
     "gather_rows": "ops",
+    "late_scores": "late",
     "merge_rows": "ops",
+    "pipeline": "pipeline",
     "register_backbone": "backbones",
     "route": "ops",
     "route_logits": "ops",
@@ -43,16 +60,23 @@ _HOME = {
 
 __all__ = [
     "Calibration",
+    "Costs",
     "EnergyHead",
+    "GateCalibration",
     "InfeasibleTarget",
     "JointClassifier",
     "JointSeq2Seq",
+    "LateRouter",
     "Route",
     "Router",
     "VocabEnergy",
     "calibrate",
+    "calibrate_gates",
+    "fit_energy_head",
     "gather_rows",
+    "late_scores",
     "merge_rows",
+    "pipeline",
     "register_backbone",
     "route",
     "route_logits",

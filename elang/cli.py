@@ -1,7 +1,9 @@
-"""The command line: `elang demo`, `elang info`."""
+"""The command line: `elang demo`, `elang demo seq2seq`, `elang info`."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -12,8 +14,13 @@ app = typer.Typer(
 )
 
 
-@app.command()
+demos = typer.Typer(add_completion=False)
+app.add_typer(demos, name="demo")
+
+
+@demos.callback(invoke_without_command=True)
 def demo(
+    context: typer.Context,
     csv: Annotated[
         Path | None,
         typer.Option(
@@ -38,12 +45,44 @@ def demo(
     never evaluate these models on SST-2. Training on their 6 600 rows takes about five minutes the first time, on two
     cores; on your rows, in proportion. Downloads and models are kept in ~/.cache/elang, or $ELANG_CACHE.
     """
+    if context.invoked_subcommand is not None:
+        if csv or swift or super_:
+            raise typer.BadParameter("--csv, --swift and --super are for `elang demo` alone")
+        context.obj = out
+        return
     from elang.demo import run
 
-    try:
+    with _one_line("elang demo"):
         run(out, csv=csv, swift=swift, super_=super_)
+
+
+@demos.command()
+def seq2seq(
+    context: typer.Context,
+    out: Annotated[
+        Path | None, typer.Option(file_okay=False, help="Folder for gates.json, the energy head and two plots.")
+    ] = None,
+) -> None:
+    """Two encoder-decoders that say English words, and the gates between them.
+
+    Two small T5 models learn pronunciations (letters to phonemes, the CMU Pronouncing Dictionary) from scratch. An
+    energy head on Swift's encoder, fitted here too, says before anything is decoded which words Super should say, and
+    token probabilities say it afterwards: all of them compared, one gate and two, in quality, FLOPs and time. The first
+    run takes up to ten minutes on two cores. Downloads and models are kept in ~/.cache/elang, or $ELANG_CACHE.
+    """
+    from elang.demo.seq2seq import run
+
+    with _one_line("elang demo seq2seq"):
+        run(out or context.obj / "seq2seq")
+
+
+@contextmanager
+def _one_line(command: str) -> Iterator[None]:
+    """What goes wrong, without a traceback."""
+    try:
+        yield
     except (ValueError, OSError, RuntimeError) as error:
-        typer.echo(f"elang demo: {error}", err=True)
+        typer.echo(f"{command}: {error}", err=True)
         raise typer.Exit(1) from error
 
 

@@ -20,9 +20,10 @@ from typer.testing import CliRunner
 
 from elang.calibration import Calibration, calibrate
 from elang.cli import app
-from elang.demo import data, measure, report, run, train
-from elang.demo.data import Package, Rows, fetch, movie_reviews, read_csv, split
+from elang.demo import data, measure, report, run, store, train
+from elang.demo.data import Rows, movie_reviews, read_csv, split
 from elang.demo.measure import Answered, Clock, Row
+from elang.demo.store import Package, fetch, published
 from elang.evaluation.flops import row_flops
 from elang.evaluation.predict import Encoded
 
@@ -118,7 +119,7 @@ def test_a_file_that_is_not_the_expected_one_is_refused(tmp_path):
 
 
 def test_a_failed_download_says_what_to_do_and_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(data.sys, "executable", "false")
+    monkeypatch.setattr(store.sys, "executable", "false")
     package = Package("made-up==1", "made_up-1.zip", "0" * 64)
     with pytest.raises(RuntimeError, match=r"pip could not fetch made-up==1.*made_up-1.zip"):
         fetch(package, tmp_path)
@@ -193,7 +194,7 @@ def test_a_pair_is_trained_once_and_then_comes_from_the_cache(tmp_path, monkeypa
         sorted(p.suffix for p in tmp_path.glob("*/*") if "token" not in p.name) == [".json"] * 3 + [".safetensors"] * 4
     )
 
-    monkeypatch.setattr(train, "_Workers", lambda progress: pytest.fail("trains again"))
+    monkeypatch.setattr(train, "Workers", lambda progress: pytest.fail("trains again"))
     again = train.train_pair(dataset, tmp_path, Progress(disable=True))
     assert (again.swift, again.super_) == (pair.swift, pair.super_)
     np.testing.assert_array_equal(again.test_logits, pair.test_logits)
@@ -205,7 +206,7 @@ def test_a_pair_is_trained_once_and_then_comes_from_the_cache(tmp_path, monkeypa
 
 def test_an_interrupted_save_leaves_nothing(tmp_path):
     def interrupted():
-        with train._published(tmp_path / "model") as folder:
+        with published(tmp_path / "model") as folder:
             (folder / "config.json").write_text("{}")
             raise KeyboardInterrupt
 

@@ -205,8 +205,8 @@ def gate_outcome(
     swift, super_ = _quality("swift_quality", swift_quality), _quality("super_quality", super_quality)
     columns: dict[str, list[float]] = {name: [] for name in Outcome._fields}
     for first, second in zip(np.atleast_1d(early_threshold), np.atleast_1d(late_threshold), strict=True):
-        decoded = _keeps(early, first, len(swift))
-        kept = decoded & _keeps(late, second, len(swift))
+        decoded = keeps(early, first, len(swift))
+        kept = decoded & keeps(late, second, len(swift))
         share_decoded, share_kept = float(decoded.mean()), float(kept.mean())
         columns["seconds"].append(costs.encode + costs.decode * share_decoded + costs.super * (1 - share_kept))
         columns["quality"].append(float(np.where(kept, swift, super_).mean()))
@@ -290,7 +290,8 @@ def _frontier(seconds: Floats, quality: Floats) -> tuple[NDArray[np.int64], Floa
     return order[better], within
 
 
-def _keeps(score: ArrayLike | None, threshold: float, n: int) -> NDArray[np.bool_]:
+def keeps(score: ArrayLike | None, threshold: float, n: int) -> NDArray[np.bool_]:
+    """[n]: what a gate with this score keeps; without one, everything."""
     if score is None:
         return np.ones(n, dtype=np.bool_)
     values = np.asarray(score, dtype=np.float32)

