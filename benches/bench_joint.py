@@ -31,6 +31,7 @@ SHARE_ROUTED = 0.32  # the average of the paper's BERT table
 ROWS = 32  # at least; one batch at the largest batch size
 ROWS_OF_MODES = 8
 ROUNDS = 5
+ROUNDS_OF_MODES = 15  # each cell has a bar
 ROUNDS_WITH_SUPER = 2  # of Super on everything, which takes most of the time
 ROUNDS_OF_SWIFT = 100  # where nothing is routed, which takes little
 CAPACITY = 0.5
@@ -179,7 +180,7 @@ def test_modes(benchmark, record, pair, run, batch):
     for share in (0.0, 0.1, 0.32, 0.5, 1.0):
         threshold_for(plain["exact"], split, share)
         padding = {mode: padding_of(joint, split) for mode, joint in plain.items()}
-        found = measured(joints, swift, super_, others, split, ROUNDS)
+        found = measured(joints, swift, super_, others, split, ROUNDS_OF_MODES)
         seconds, routed = found["seconds"], found["routed"]
         for mode in joints:
             cell = {"run": run, "batch": batch, "rows": len(own_length), "mode": mode}

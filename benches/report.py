@@ -29,6 +29,7 @@ RESULTS = Path(__file__).parent / "results"
 ROUTE_BARS = (4.0, 2.5, 1.0)  # float32, over eager: geometric mean over C <= 3, over all cells, and the least
 EFFICIENCY_BAR = 0.97
 OVERHEAD_BAR = 1.02  # time over Swift alone where nothing is routed
+SEQ2SEQ_EFFICIENCY_BAR = 0.95
 # On a GPU, bfloat16, H = 768: times of a bare kernel of the same grid, and over the chains; shares of copy bandwidth.
 SKELETON_BAR, STATIC_BAR, EAGER_BAR = 1.3, 4.0, 10.0
 ROUTE_BANDWIDTH_BAR, GATHER_BAR = 0.80, 0.85
@@ -72,7 +73,7 @@ def _device(path: Path) -> dict[str, Any]:
     }
 
 
-CPU_BENCHES = ("route", "vocab", "joint", "modes", "nothing_routed")
+CPU_BENCHES = ("route", "vocab", "joint", "modes", "nothing_routed", "seq2seq")
 
 
 def results_file(bench: str = "") -> Path:
@@ -233,6 +234,21 @@ def _nothing_routed(console: Console, cells: list[dict[str, Any]]) -> None:
     console.print(table)
 
 
+def _seq2seq(console: Console, cells: list[dict[str, Any]]) -> None:
+    table = _table(
+        *("batch", "share routed", "tokens", "joint s", "tokens/s", "dispatch efficiency", "x naive cascade"),
+        *("x Super alone", "Swift over Super"),
+    )
+    for c in cells:
+        seconds, tokens = c["seconds"], c["rows"] * c["new_tokens"]
+        table.add_row(
+            str(c["batch"]), f"{c['share_routed']:.3f}", str(tokens), f"{seconds['joint']:.2f}",
+            f"{tokens / seconds['joint']:.1f}", _mark(c["dispatch_efficiency"], SEQ2SEQ_EFFICIENCY_BAR),
+            f"{c['speedup_naive']:.2f}", f"{c['speedup_super']:.2f}", f"{seconds['super'] / seconds['swift']:.2f}",
+        )  # fmt: skip
+    console.print(table)
+
+
 def _route_latency(console: Console, cells: list[dict[str, Any]]) -> None:
     table = _table(
         *("rows", "C", "in graph us", "x skeleton", "x static chain", "x torch.compile", "x triton twin"),
@@ -320,6 +336,7 @@ SECTIONS = {
     "joint": _joint,
     "modes": _modes,
     "nothing_routed": _nothing_routed,
+    "seq2seq": _seq2seq,
     "vocab_cuda": _vocab_cuda,
     "route_latency": _route_latency,
     "route_bandwidth": _route_bandwidth,
