@@ -1,1 +1,1 @@
-"""What a pair of models does and costs, measured: predictions, FLOPs, seconds."""
+"""What a pair of models does and costs, measured: predictions, FLOPs, seconds; and the tasks of the paper."""
