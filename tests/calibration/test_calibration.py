@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_curve import rows
 
-from elang.calibration import Calibration, InfeasibleTarget, calibrate
+from elang.calibration import BatchCosts, Calibration, InfeasibleTarget, calibrate
 from elang.calibration.bounds import critical_value, drop_statistic
 from elang.reference import keep_mask
 
@@ -206,6 +206,7 @@ def test_loading_refuses_what_it_does_not_know(data, tmp_path):
         ({"threshold": "nan"}, "threshold"),
         ({"threshold": 1e300}, "wanted a float32 value"),
         ({"score": "unheard of"}, "score: got 'unheard of'"),
+        ({"candidate": "unheard of"}, "candidate: got 'unheard of'"),
         ({"extra": 1}, "extra"),
     ):
         (tmp_path / "bad.json").write_text(json.dumps(saved | change))
@@ -228,11 +229,19 @@ def test_loading_refuses_what_it_does_not_know(data, tmp_path):
         ({"super_correct": [1, 2, 0]}, "super_correct: got values other than"),
         ({"super_correct": [1, 0]}, "super_correct: got 2 rows, wanted 3"),
         ({"score": "energy"}, "score: got 'energy', wanted one of s"),
-        ({"swift_share": 0.5, "max_drop": 0.1}, "swift_share, max_drop: got both"),
+        ({"swift_share": 0.5, "max_drop": 0.1}, "swift_share, max_drop: got 2 targets"),
         ({"swift_share": 1.1}, r"swift_share: got 1\.1"),
         ({"swift_share": np.nan}, "swift_share: got nan"),
         ({"max_drop": 0}, "max_drop: got 0, wanted"),
         ({"max_drop": 1}, "max_drop: got 1, wanted"),
+        ({"max_cost": 1.0}, "max_cost, costs: got one of them"),
+        ({"costs": BatchCosts(unit="s", rows=1, swift=1, super={1: 9})}, "max_cost, costs: got one of them"),
+        ({"agree": 0.1}, r"agree: got 0\.1, wanted a pair \(alpha, delta\)"),
+        ({"agree": (0.1, 0.1)}, "agree: got no disagree, wanted it"),
+        ({"disagree": [1, 0]}, "disagree: got 2 rows, wanted 3"),
+        ({"swift_correct": None}, "swift_correct, super_correct: got one of them"),
+        ({"swift_correct": None, "super_correct": None}, "swift_correct, super_correct: got neither, nor disagree"),
+        ({"ids": ["a"]}, "ids: got 1, wanted 3"),
         ({"confidence": 1}, "confidence: got 1"),
         ({"confidence": 0}, "confidence: got 0"),
         ({"temperature": 0}, "temperature: got 0"),
