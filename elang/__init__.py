@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from elang.joint import JointClassifier
     from elang.late import LateRouter, late_scores
     from elang.ops import gather_rows, merge_rows, route, route_logits, vocab_energy
-    from elang.pipeline import pipeline
+    from elang.pipelines import pipeline
     from elang.reference import Route, VocabEnergy
     from elang.router import Router
     from elang.seq2seq import JointSeq2Seq
@@ -50,7 +50,7 @@ _HOME = {
     "gather_rows": "ops",
     "late_scores": "late",
     "merge_rows": "ops",
-    "pipeline": "pipeline",
+    "pipeline": "pipelines",
     "register_backbone": "backbones",
     "route": "ops",
     "route_logits": "ops",

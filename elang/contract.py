@@ -1,14 +1,20 @@
-"""What two classifiers have to share to be one: kind of head, labels, config and output class."""
+"""What two models have to share to be one: kind of head, labels, config, output class, a calibration made of them."""
 
 from __future__ import annotations
 
 import copy
 import typing
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils.generic import ModelOutput
+
+from elang.calibration import Calibration, Provenance
+from elang.fingerprint import fingerprint
+from elang.router import Router
 
 LabelMap = Mapping[str | int, str | int]
 
@@ -85,3 +91,27 @@ def check_eval(*models: tuple[str, Any]) -> None:
     for name, model in models:
         if getattr(model, "training", False):
             raise RuntimeError(f"{name}: in training mode, wanted eval mode: call .eval() on it or on the joint model")
+
+
+def router_of(router: Router | Calibration | str | Path, swift: Any, super_: Any) -> Router:
+    """The router that a calibration, or its file, chose for these models; a router is taken as it is.
+
+    Raises:
+        ValueError: the calibration was made of other weights.
+    """
+    c = Calibration.load(router) if isinstance(router, str | Path) else router
+    if isinstance(c, Router):
+        return c
+    if not isinstance(c, Calibration):
+        raise TypeError(f"router: got {type(c).__name__}, wanted a Router, a Calibration or its file")
+    check_weights(c.provenance, swift, super_)
+    return Router(c.score, threshold=c.threshold, temperature=c.temperature)
+
+
+def check_weights(source: Provenance, swift: Any, super_: Any) -> None:
+    """Raises ValueError if a calibration knows the weights that it was made of, and a model's are others."""
+    for name, model, known in (("swift", swift, source.swift_sha256), ("super_", super_, source.super_sha256)):
+        if known is not None and isinstance(model, nn.Module) and fingerprint(model) != known:
+            raise ValueError(
+                f"{name}: got other weights than the calibration was made with: a threshold is of one pair"
+            )

@@ -26,6 +26,7 @@ class Gated(NamedTuple):
     n_routed: int
     length: int  # columns of the inputs that a routed row needs
     kept: Tensor | None  # what Swift decoded for the rows order[n_routed:], one behind the other; None: there are none
+    late: dict[str, Tensor] | None = None  # of these rows every late score [K]; None: no second gate, or there are none
 
 
 @dataclass(frozen=True)
@@ -82,21 +83,23 @@ class GatedSwift:
         first, n_routed, _ = self._first(states, rows)
         kept = first.order[n_routed:]
         late_score = torch.full_like(first.score, torch.nan)
-        sequences = None
+        sequences = scores = None
         if len(kept):
             inputs = _kept_inputs(rows, states, kept)
             output = self.model.generate(**inputs, **options, return_dict_in_generate=True, output_logits=True)
             sequences = by_row(output.sequences, len(kept))
             ends = options.get("eos_token_id", self.model.generation_config.eos_token_id)
             # Of several sequences of a row the first decides: the likeliest of beams.
-            late_score[kept] = late_scores(output, ends)[self.late.score].view(len(kept), -1)[:, 0]
+            scores = {name: value.view(len(kept), -1)[:, 0] for name, value in late_scores(output, ends).items()}
+            late_score[kept] = scores[self.late.score]
         second = self.late(late_score)  # a row that was not decoded has no score, and stays routed
         n_routed, length = _extent(second, rows)
-        if sequences is not None:
-            sequences = sequences[torch.searchsorted(kept, second.order[n_routed:])]
+        if sequences is not None and scores is not None:
+            stay = torch.searchsorted(kept, second.order[n_routed:])
+            sequences, scores = sequences[stay], {name: value[stay] for name, value in scores.items()}
         score = late_score if self.head is None else first.score
         routing = Routing(score, second.order, second.n_routed, None, None, "exact", late_score)
-        return Gated(routing, n_routed, length, sequences)
+        return Gated(routing, n_routed, length, sequences, scores)
 
     def before(self, rows: dict[str, Tensor], decode: Callable[[dict[str, Any]], Tensor]) -> Gated:
         """Behind gate 1 alone: `decode` makes of Swift's inputs for K kept rows what is to be kept, [K, ...]."""

@@ -19,6 +19,7 @@ from transformers.utils.generic import ModelOutput
 
 from elang import backbones, contract, cuda_graph
 from elang import dispatch as modes
+from elang.calibration import Calibration
 from elang.dispatch import BUCKETS, MODES, Plan, Routing, SuperInputs
 from elang.reference import Route
 from elang.router import Router
@@ -42,7 +43,7 @@ class JointClassifier(nn.Module):
         swift: a Hugging Face sequence classifier, a model known to `register_backbone`, or any callable that returns
             logits.
         super_: any callable that takes the same keyword inputs (or those of `super_inputs`) and returns logits.
-        router: score and threshold; moved to Swift's device.
+        router: score and threshold; moved to Swift's device. Or a calibration, or its file, of these very weights.
         dispatch: one of `elang.dispatch.MODES`, "graph" (see `elang.cuda_graph`), or "auto": `capacity` under export
             and graph capture, `bucket` under torch.compile, else `exact`. `.routing.mode` says which ran.
         capacity: of `capacity` mode: rows that Super sees in every batch (int), or their share of the batch (float).
@@ -75,7 +76,7 @@ class JointClassifier(nn.Module):
         self,
         swift: Callable[..., Any],
         super_: Callable[..., Any],
-        router: Router,
+        router: Router | Calibration | str | Path,
         dispatch: str = "exact",
         super_inputs: SuperInputs | None = None,
         label_map: contract.LabelMap | None = None,
@@ -101,6 +102,7 @@ class JointClassifier(nn.Module):
             )
         contract.refuse_other_heads(swift, "swift")
         contract.refuse_other_heads(super_, "super_")
+        router = contract.router_of(router, swift, super_)
         self.swift = swift
         self.super_ = super_
         self._models = ("swift", swift), ("super_", super_)  # found without nn.Module's search for attributes

@@ -6,6 +6,7 @@ import copy
 import threading
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny_models
 import torch
@@ -15,6 +16,8 @@ from torch.nn import functional as F
 from transformers.modeling_outputs import SequenceClassifierOutput, SequenceClassifierOutputWithPast
 
 from elang.backbones import register_backbone
+from elang.calibration import calibrate
+from elang.fingerprint import fingerprint
 from elang.joint import JointClassifier
 from elang.router import Router
 
@@ -387,3 +390,22 @@ def test_other_heads_are_refused(swift, super_, which, config, reason):
 def test_an_unknown_dispatch_mode_lists_those_that_exist(swift, super_):
     with pytest.raises(ValueError, match="dispatch: got 'buckets', wanted one of auto, exact, bucket, capacity"):
         JointClassifier(swift, super_, Router(threshold=0.0), dispatch="buckets")
+
+
+def test_a_calibration_is_a_router_for_the_weights_it_was_made_of(swift, super_, inputs, tmp_path):
+    score = np.arange(100, dtype=np.float32)
+    known = {"swift_sha256": fingerprint(swift), "super_sha256": fingerprint(super_)}
+    right = np.arange(100) > 50
+    c = calibrate({"margin": score}, right, ~right, swift_share=0.3, temperature=2.0, provenance=known)
+    c.save(tmp_path / "c.json")
+    for source in (c, tmp_path / "c.json", str(tmp_path / "c.json")):
+        router = JointClassifier(swift, super_, source).router
+        assert (router.score, router.temperature, router.threshold.item()) == ("margin", 2.0, c.threshold)
+    other = tiny_models.classifier("DistilBert", seed=9)
+    with pytest.raises(ValueError, match="swift: got other weights than the calibration was made with"):
+        JointClassifier(other, super_, c)
+    with pytest.raises(ValueError, match="super_: got other weights"):
+        JointClassifier(swift, tiny_models.classifier("Bert", seed=9), tmp_path / "c.json")
+    JointClassifier(swift, lambda **inputs: super_(**inputs), c, label_map={i: i for i in range(3)})  # has no weights
+    with pytest.raises(TypeError, match="router: got float, wanted a Router, a Calibration or its file"):
+        JointClassifier(swift, super_, 0.5)

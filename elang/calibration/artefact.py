@@ -40,8 +40,10 @@ class Record(BaseModel):
 class Provenance(Record):
     """Where a calibration comes from. A threshold means nothing under another model, dtype or backend."""
 
-    swift: str | None = None  # name or fingerprint of the model
+    swift: str | None = None  # name of the model
     super: str | None = None
+    swift_sha256: str | None = None  # of its weights: `elang.fingerprint`
+    super_sha256: str | None = None
     data: str | None = None  # name or description of the rows
     data_sha256: str | None = None
     dtype: str | None = None  # in which the scores were computed

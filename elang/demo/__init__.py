@@ -20,6 +20,7 @@ from elang.demo.measure import Answered, Point, Row, figures
 from elang.demo.store import cache_folder
 from elang.demo.train import MAX_LENGTH, Pair, train_pair
 from elang.evaluation.predict import Encoded, predict, predict_scored
+from elang.fingerprint import fingerprint
 from elang.progress import Report
 
 KEPT = (0.5, 0.7, 0.8)
@@ -103,6 +104,8 @@ def _evaluate(dataset: Dataset, pair: Pair, progress: Progress) -> tuple[list[Ro
     provenance = {
         "swift": pair.swift,
         "super": pair.super_,
+        "swift_sha256": fingerprint(swift),
+        "super_sha256": fingerprint(super_),
         "data": f"{dataset.name}, calibration rows",
         "data_sha256": dataset.sha256,
         "dtype": str(swift.dtype).removeprefix("torch."),

@@ -75,14 +75,13 @@ def meaning(rows: Sequence[Row], calibration: Calibration, n_test: int) -> str:
 def next_steps(swift: str, super_: str, calibration_file: Path) -> str:
     """How to use what was just calibrated, as code that runs."""
     return f"""\
-from elang import Calibration, JointClassifier, Router
+from elang import JointClassifier
 from transformers import AutoModelForSequenceClassification as Model
 
-c = Calibration.load({str(calibration_file)!r})
 joint = JointClassifier(
     Model.from_pretrained({swift!r}).eval(),
     Model.from_pretrained({super_!r}).eval(),
-    Router(c.score, threshold=c.threshold, temperature=c.temperature),
+    {str(calibration_file)!r},
 )  # joint(**tokenizer(texts, padding=True, return_tensors="pt")).logits
 
 Your own text: elang demo --csv FILE (columns text and label). Your own pair: elang demo --swift ... --super ...

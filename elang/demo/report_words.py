@@ -153,8 +153,9 @@ def meaning(rows: Sequence[Row], gates: GateCalibration, test: Sources) -> str:
     )
 
 
-def next_steps(swift: Path, super_: Path, out: Path) -> str:
+def next_steps(swift: Path, super_: Path, out: Path, gates: GateCalibration) -> str:
     """How to use what was just calibrated, as code that runs."""
+    head = f"    head={str(out / 'energy_head')!r},\n" if gates.early else ""
     return f"""\
 import elang
 
@@ -162,8 +163,7 @@ say = elang.pipeline(
     "translation",
     swift={str(swift)!r},
     super={str(super_)!r},
-    head={str(out / "energy_head")!r},
-    gates={str(out / "gates.json")!r},
+{head}    gates={str(out / "gates.json")!r},
 )
 print(say(["cat", "phlegm"]))
 """

@@ -67,8 +67,10 @@ def run(out: Path, words: Dictionary | None = None, console: Console | None = No
             for size in TIMED_ROWS
         }
         provenance = Provenance(
-            swift=fingerprint(swift),
-            super=fingerprint(super_),
+            swift=str(pair.swift),
+            super=str(pair.super_),
+            swift_sha256=fingerprint(swift),
+            super_sha256=fingerprint(super_),
             data="CMU Pronouncing Dictionary, calibration words",
             data_sha256=words.sha256,
             dtype=str(swift.dtype).removeprefix("torch."),
@@ -105,7 +107,10 @@ def run(out: Path, words: Dictionary | None = None, console: Console | None = No
         f"\n[bold]What next?[/bold]\nWritten into {out.resolve()}: energy_head, gates.json, gates.png, words.png\n"
     )
     console.print(
-        report_words.next_steps(pair.swift, pair.super_, out.resolve()), markup=False, highlight=False, soft_wrap=True
+        report_words.next_steps(pair.swift, pair.super_, out.resolve(), gates),
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
     )
     return gates
 

