@@ -13,9 +13,10 @@ if TYPE_CHECKING:
     from elang.backbones import register_backbone
     from elang.backend import warmup
     from elang.calibration import (
+        BatchCosts,
         Calibration,
-        Costs,
         GateCalibration,
+        GateCosts,
         InfeasibleTarget,
         calibrate,
         calibrate_gates,
@@ -33,10 +34,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "BatchCosts": "calibration",
     "Calibration": "calibration",
-    "Costs": "calibration",
     "EnergyHead": "energy_head",
     "GateCalibration": "calibration",
+    "GateCosts": "calibration",
     "InfeasibleTarget": "calibration",
     "JointClassifier": "joint",
     "JointSeq2Seq": "seq2seq",
@@ -59,10 +61,11 @@ _HOME = {
 }
 
 __all__ = [
+    "BatchCosts",
     "Calibration",
-    "Costs",
     "EnergyHead",
     "GateCalibration",
+    "GateCosts",
     "InfeasibleTarget",
     "JointClassifier",
     "JointSeq2Seq",

@@ -26,7 +26,7 @@ from test_seq2seq import encoder_decoder, late_by_hand
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import ByT5Tokenizer, GenerationConfig, PreTrainedTokenizerFast
 
-from elang.calibration import Costs, calibrate, calibrate_gates
+from elang.calibration import GateCosts, calibrate, calibrate_gates
 from elang.energy_head import EnergyHead
 from elang.fingerprint import fingerprint
 from elang.late import LateRouter, late_scores
@@ -272,7 +272,7 @@ def test_a_late_router_routes_what_was_written_without_conviction(both, how):
 
 
 def test_gates_are_what_calibrate_gates_chose(tmp_path):
-    rng, costs = np.random.default_rng(0), Costs(encode=1, decode=1, super=9)
+    rng, costs = np.random.default_rng(0), GateCosts(rows=1, encode=1, decode={1: 1}, super={1: 9})
     score = rng.normal(size=(2, 500)).astype("f4")
     swift = rng.random(500) < 1 / (1 + np.exp(-2 * score.sum(axis=0)))
     early, late, target = {"head": score[0]}, {"min_log_prob": score[1]}, {"max_drop": 0.02}

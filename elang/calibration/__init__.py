@@ -3,16 +3,16 @@
 from elang.calibration.artefact import Provenance
 from elang.calibration.bounds import InfeasibleTarget
 from elang.calibration.calibration import Calibration, Curve, Target, calibrate
-from elang.calibration.costs import BatchCosts
-from elang.calibration.gates import Costs, GateCalibration, calibrate_gates, gate_outcome
+from elang.calibration.costs import BatchCosts, GateCosts
+from elang.calibration.gates import GateCalibration, calibrate_gates, gate_outcome
 from elang.calibration.risk import RiskBound
 
 __all__ = [
     "BatchCosts",
     "Calibration",
-    "Costs",
     "Curve",
     "GateCalibration",
+    "GateCosts",
     "InfeasibleTarget",
     "Provenance",
     "RiskBound",

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from elang.calibration.gates import Costs, GateCurve, budget_area, keeps
+from elang.calibration.costs import GateCosts
+from elang.calibration.gates import GateCurve, budget_area, keeps
 
 RESAMPLES = 1_000
 
@@ -52,7 +53,7 @@ def gate_gain(
     scores: dict[str, NDArray[np.float32]],  # each [N]
     swift_quality: ArrayLike,  # [N]
     super_quality: ArrayLike,  # [N]
-    costs: Costs,
+    costs: GateCosts,
     *,
     confidence: float = 0.95,
     seed: int = 0,
@@ -88,7 +89,7 @@ def _area_of(score: ArrayLike, swift: Floats, super_: Floats) -> Callable[[Float
 
 
 def _budget_area_of(
-    curve: GateCurve, scores: dict[str, NDArray[np.float32]], swift: Floats, super_: Floats, costs: Costs
+    curve: GateCurve, scores: dict[str, NDArray[np.float32]], swift: Floats, super_: Floats, costs: GateCosts
 ) -> Callable[[Floats], float]:
     early, late = (None if name is None else scores[name] for name in (curve.early, curve.late))
     decoded = np.array([keeps(early, t, len(swift)) for t in curve.early_threshold], dtype=np.float64)
@@ -97,7 +98,7 @@ def _budget_area_of(
 
     def area(weight: Floats) -> float:
         n = weight.sum()
-        seconds = costs.encode + costs.decode * (decoded @ weight) / n + costs.super * (1 - kept @ weight / n)
+        seconds = costs.of_shares(decoded @ weight / n, kept @ weight / n)
         return budget_area(seconds, (weight @ super_ + kept @ (weight * gained)) / n, costs)
 
     return area

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from elang.calibration.artefact import Artefact, Float32, Provenance, Record
+from elang.calibration.costs import GateCosts
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -19,14 +20,6 @@ if TYPE_CHECKING:
 LEVELS = 101  # thresholds of a gate
 
 Floats = NDArray[np.float64]
-
-
-class Costs(Record):
-    """Seconds of one row, measured where the models will serve, at the batch size at which they will."""
-
-    encode: float  # Swift's encoder and the energy head: every row
-    decode: float  # Swift's decoder and the late score: the rows that gate 1 keeps
-    super: float  # the rows that either gate routes
 
 
 class Outcome(NamedTuple):
@@ -67,19 +60,16 @@ class GateCalibration(Artefact):
     share_decoded: float
     share_kept: float
     n: int
-    costs: Costs
+    costs: GateCosts
     swift_quality: float
     super_quality: float
     provenance: Provenance
     curves: dict[str, GateCurve]
 
-    @property
-    def swift_seconds(self) -> float:
-        return self.costs.encode + self.costs.decode
-
     def random_quality(self, seconds: ArrayLike) -> Floats:
         """Expected from routing rows at random, before anything runs: the straight line from Swift to Super."""
-        share_routed = (np.asarray(seconds) - self.swift_seconds) / (self.costs.super - self.swift_seconds)
+        low, high = self.costs.of_swift, self.costs.of_super
+        share_routed = (np.asarray(seconds) - low) / (high - low)
         return np.asarray(self.swift_quality + share_routed * (self.super_quality - self.swift_quality))
 
     def summary(self) -> str:
@@ -93,8 +83,8 @@ class GateCalibration(Artefact):
             f"{self.share_decoded:.1%} and keeps {self.share_kept:.1%}: quality {self.quality:.4f} (Super "
             f"{self.super_quality:.4f}, Swift {self.swift_quality:.4f}, random routing in the same time "
             f"{self.random_quality(self.seconds):.4f}), {1e3 * self.seconds:.3g} ms a row (Super "
-            f"{1e3 * self.costs.super:.3g}, Swift {1e3 * self.swift_seconds:.3g}). Mean of the best quality within a "
-            f"budget between those times: {areas}. Picked on these very rows: expect less on others."
+            f"{1e3 * self.costs.of_super:.3g}, Swift {1e3 * self.costs.of_swift:.3g}). Mean of the best quality within "
+            f"a budget between those times: {areas}. Picked on these very rows: expect less on others."
         )
 
     def plot(self, path: str | Path | None = None) -> Figure:
@@ -112,7 +102,7 @@ def calibrate_gates(
     late: Mapping[str, ArrayLike],  # each [N] float32
     swift_quality: ArrayLike,  # [N]
     super_quality: ArrayLike,  # [N]
-    costs: Costs,
+    costs: GateCosts,
     *,
     max_seconds: float | None = None,
     max_drop: float | None = None,
@@ -120,8 +110,8 @@ def calibrate_gates(
 ) -> GateCalibration:
     """Choose the gates and their thresholds: every early score alone, every late one, every pair.
 
-    A row's time is `costs.encode`, and `costs.decode` if gate 1 keeps it, and `costs.super` if either gate routes it:
-    what a batch costs where each part's time goes with its rows.
+    Time is of batches: Swift's encoder on all rows, its decoder on those that gate 1 keeps, Super on those that either
+    gate routes, each part as long as one of its size was measured to take.
 
     Args:
         early: scores known before Swift decodes, by name, such as the energy head's.
@@ -142,7 +132,7 @@ def calibrate_gates(
         raise ValueError(f"super_quality: got {len(super_)} rows, wanted {n} as in swift_quality")
     if (max_seconds is None) == (max_drop is None):
         raise ValueError("max_seconds, max_drop: got both or neither, wanted one target")
-    if not 0 <= costs.encode + costs.decode < costs.super < math.inf or min(costs.encode, costs.decode) < 0:
+    if not costs.of_swift < costs.of_super < math.inf:
         raise ValueError(
             f"costs: got {costs!r}, wanted a Super that takes longer than Swift: else nothing is to be won"
         )
@@ -199,7 +189,7 @@ def gate_outcome(
     late_threshold: ArrayLike,  # [P]
     swift_quality: ArrayLike,  # [N]
     super_quality: ArrayLike,  # [N]
-    costs: Costs,
+    costs: GateCosts,
 ) -> Outcome:
     """What each pair of thresholds would have come to on these rows."""
     swift, super_ = _quality("swift_quality", swift_quality), _quality("super_quality", super_quality)
@@ -208,20 +198,20 @@ def gate_outcome(
         decoded = keeps(early, first, len(swift))
         kept = decoded & keeps(late, second, len(swift))
         share_decoded, share_kept = float(decoded.mean()), float(kept.mean())
-        columns["seconds"].append(costs.encode + costs.decode * share_decoded + costs.super * (1 - share_kept))
+        columns["seconds"].append(float(costs.of_shares(share_decoded, share_kept)))
         columns["quality"].append(float(np.where(kept, swift, super_).mean()))
         columns["share_decoded"].append(share_decoded)
         columns["share_kept"].append(share_kept)
     return Outcome(**{name: np.array(values) for name, values in columns.items()})
 
 
-def budget_area(seconds: ArrayLike, quality: ArrayLike, costs: Costs) -> float:
+def budget_area(seconds: ArrayLike, quality: ArrayLike, costs: GateCosts) -> float:
     """Mean of the best quality within a budget, over all budgets from Swift's time for a row to Super's.
 
     Where no point is quick enough the quickest counts.
     """
     at, best = _frontier(np.asarray(seconds, dtype=np.float64), np.asarray(quality, dtype=np.float64))
-    low, high = costs.encode + costs.decode, costs.super
+    low, high = costs.of_swift, costs.of_super
     time, height = np.asarray(seconds, dtype=np.float64)[at], best[at]
     edges = np.clip(np.append(time, high), low, high)
     edges[0] = low
@@ -234,7 +224,7 @@ def _curve(
     scores: Mapping[str, NDArray[np.float32]],
     swift: Floats,
     super_: Floats,
-    costs: Costs,
+    costs: GateCosts,
 ) -> GateCurve:
     """Every pair of two gates' levels at once, by sums over a histogram of the first level that keeps a row."""
     n = len(swift)
@@ -249,7 +239,7 @@ def _curve(
     decoded = np.bincount(of_first, minlength=shape[0]).cumsum()[:-1, None] / n
     share_kept = kept(np.ones(n)) / n
     quality = super_.mean() + kept(swift - super_) / n
-    seconds = costs.encode + costs.decode * decoded + costs.super * (1 - share_kept)
+    seconds = costs.of_shares(decoded, share_kept)
     at, _ = _frontier(seconds.ravel(), quality.ravel())
     i, j = np.unravel_index(at, share_kept.shape)
 

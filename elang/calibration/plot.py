@@ -74,7 +74,7 @@ def plot_gates(calibration: GateCalibration) -> Figure:
     """The best quality for the time of one gate and of two; Swift, Super and random routing between them."""
     figure, axes = _figure()
     c = calibration
-    ends = {"Swift": (c.swift_seconds, c.swift_quality), "Super": (c.costs.super, c.super_quality)}
+    ends = {"Swift": (c.costs.of_swift, c.swift_quality), "Super": (c.costs.of_super, c.super_quality)}
     milliseconds = [1e3 * seconds for seconds, _ in ends.values()]
     axes.plot(milliseconds, [quality for _, quality in ends.values()], "o:", color=GREY, label="random (expected)")
     for (name, (_, quality)), x in zip(ends.items(), milliseconds, strict=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from statistics import median
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
-from elang.calibration import Costs, GateCalibration
+from elang.calibration import GateCalibration, GateCosts
 from elang.energy_head import EnergyHead
 from elang.evaluation.flops import generate_flops, row_flops
 from elang.evaluation.predict import Encoded
@@ -25,7 +26,7 @@ from elang.seq2seq import JointSeq2Seq
 
 SWIFT, SUPER = "Swift", "Super"
 TIMED_ROWS = {1: 64, 32: 512}  # by batch size
-COST_ROUNDS = 3
+COST_BATCHES = 12
 
 Bools = NDArray[np.bool_]
 
@@ -83,27 +84,37 @@ def inputs(texts: Encoded, rows: Sequence[int] | NDArray[np.int64]) -> dict[str,
 
 
 @torch.inference_mode()
-def costs(swift: Any, super_: Any, head: EnergyHead, texts: Encoded, size: int, report: Report) -> Costs:
-    """Seconds of a word for each part, in batches of this size: medians, in alternation."""
-    router, total = Router("logit", threshold=0.0), {"encode": 0.0, "decode": 0.0, "super": 0.0}
-    rows = min(TIMED_ROWS[size], len(texts))
-    for start in range(0, rows, size):
-        batch = inputs(texts, range(start, min(start + size, rows)))
-        mask = batch["attention_mask"]
+def costs(swift: Any, super_: Any, head: EnergyHead, texts: Encoded, size: int, report: Report) -> GateCosts:
+    """Seconds of each part of a batch of `size` words, by how many of them it sees: medians over several batches."""
+    router, parts = Router("logit", threshold=0.0), sorted({1 << i for i in range(size.bit_length())} | {size})
+    seconds: dict[Any, list[float]] = {}
+    for done in range(COST_BATCHES):
+        start = done * size % max(1, len(texts) - size)
+        batch = inputs(texts, range(start, min(start + size, len(texts))))
         states = swift.get_encoder()(**batch).last_hidden_state
 
         def encode(batch: dict[str, Tensor] = batch) -> None:
             head.decide(swift.get_encoder()(**batch).last_hidden_state, batch["attention_mask"], router)
 
-        runs: dict[str, Callable[[], Any]] = {
-            "encode": encode,
-            "decode": partial(swift.generate, attention_mask=mask, encoder_outputs=BaseModelOutput(states)),
-            "super": partial(super_.generate, **batch),
-        }
-        for name, value in medians(alternate(runs, COST_ROUNDS, warm_up=int(start == 0))).items():
-            total[name] += value
-        report(min(start + size, rows), rows)
-    return Costs(**{name: value / rows for name, value in total.items()})
+        runs: dict[Any, Callable[[], Any]] = {"encode": encode}
+        for rows in parts:
+            first = torch.arange(min(rows, len(states)))
+            runs["decode", rows] = partial(swift.generate, **_from_states(batch, states, first))
+            runs["super", rows] = partial(super_.generate, **routed_inputs(batch, first))
+        for key, values in alternate(runs, rounds=1, warm_up=int(done == 0)).items():
+            seconds.setdefault(key, []).extend(values)
+        report(done + 1, COST_BATCHES)
+    return GateCosts(
+        rows=size,
+        encode=median(seconds["encode"]),
+        decode={rows: median(seconds["decode", rows]) for rows in parts},
+        super={rows: median(seconds["super", rows]) for rows in parts},
+    )
+
+
+def _from_states(batch: dict[str, Tensor], states: Tensor, rows: Tensor) -> dict[str, Any]:
+    """What Swift's decoder needs to go on from the states of these rows."""
+    return {"attention_mask": batch["attention_mask"][rows], "encoder_outputs": BaseModelOutput(states[rows])}
 
 
 def systems(gates: GateCalibration) -> list[System]:
@@ -208,11 +219,7 @@ def _seconds(
         for name in joints:
             ours, theirs = (torch.from_numpy(np.flatnonzero(mask)) for mask in (decoded[name][here], ~kept[name][here]))
             if len(ours):
-                part = {
-                    "attention_mask": batch["attention_mask"][ours],
-                    "encoder_outputs": BaseModelOutput(states[ours]),
-                }
-                runs[_part(name, "decoded")] = partial(swift.generate, **part)
+                runs[_part(name, "decoded")] = partial(swift.generate, **_from_states(batch, states, ours))
             if len(theirs):
                 runs[_part(name, "routed")] = partial(super_.generate, **routed_inputs(batch, theirs))
         if start // size % 2:

@@ -9,7 +9,7 @@ import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from elang.calibration import Costs, GateCalibration, gate_outcome
+from elang.calibration import GateCalibration, GateCosts, gate_outcome
 from elang.calibration.compare import area_gain, gate_gain
 from elang.calibration.curve import auroc
 from elang.calibration.gates import budget_area
@@ -68,10 +68,11 @@ GATING = (
 )
 
 
-def systems(rows: Sequence[Row], costs: Mapping[int, Costs]) -> Table:
+def systems(rows: Sequence[Row], costs: Mapping[int, GateCosts]) -> Table:
     """One line per system; pairs of figures are for the batch sizes."""
     measured = "; ".join(
-        f"batch {size}: encode {1e3 * c.encode:.2f}, decode {1e3 * c.decode:.2f}, Super {1e3 * c.super:.2f} ms a word"
+        f"batch {size}: encode {1e3 * c.encode / size:.2f}, decode {1e3 * c.decode[size] / size:.2f}, Super "
+        f"{1e3 * c.of_super:.2f} ms a word"
         for size, c in costs.items()
     )
     table = _table("Systems, on the test words", f"{SYSTEMS} Costs: {measured}.")
@@ -93,13 +94,18 @@ def systems(rows: Sequence[Row], costs: Mapping[int, Costs]) -> Table:
             "/".join("-" if value is None else f"{value:.2f}" for value in values)
             for values in zip(*row.clocks.values(), strict=True)
         ]
-        table.add_row(row.name, *(f"{100 * share:.1f}" for share in shares), f"{row.flops_speed_up:.2f}", *clocks)
+        table.add_row(
+            row.name.replace(" + ", " +\n"),
+            *(f"{100 * share:.1f}" for share in shares),
+            f"{row.flops_speed_up:.2f}",
+            *clocks,
+        )
     return table
 
 
 SYSTEMS = (
-    "The best early score, late score and pair, each at its quickest point within a point of Super on the calibration "
-    "words. PER: phoneme error rate; decoded, kept: by Swift. "
+    "The best early score, late score and pair, each at its quickest point within two points of Super on the "
+    "calibration words. PER: phoneme error rate; decoded, kept: by Swift. "
     "FLOPs x, clock x: speed-up over Super, on one thread, systems in alternation. eta: share of the FLOPs speed-up "
     "that reaches the clock. dispatch: efficiency, Swift's encoder plus its decoder on what gate 1 keeps plus Super on "
     "what is routed, over the joint model."

@@ -23,7 +23,7 @@ from elang.late import LATE_SCORES, late_scores
 from elang.progress import Report
 
 MAX_NEW_TOKENS = 20  # the longest pronunciation of 12 letters has 14
-ANSWER_BATCH = 128
+ANSWERED, ANSWER_BATCH = ("head", "calibration", "test"), 128
 
 
 @dataclass(frozen=True)
@@ -55,37 +55,36 @@ class Answers(NamedTuple):
 class WordPair(NamedTuple):
     swift: Path
     super_: Path
-    swift_answers: dict[str, Answers]  # by part: head, calibration, test
-    super_answers: dict[str, Answers]  # calibration, test
+    swift_answers: dict[str, Answers]  # by part: those of `ANSWERED`
+    super_answers: dict[str, Answers]
 
 
 def train_word_pair(words: Dictionary, cache: Path, progress: Progress) -> WordPair:
     """The pair for these words, and its answers to those held out, from the cache or made now, side by side."""
     folders: list[Path] = []
-    parts = {"swift": ("head", "calibration", "test"), "super": ("calibration", "test")}
     jobs = []
     for name, recipe in (("swift", SWIFT), ("super", SUPER)):
-        folder = cache / f"words-{name}-{key_of(words.sha256, asdict(recipe))}"
+        folder = cache / f"words-{name}-{key_of(words.sha256, asdict(recipe), ANSWERED)}"
         folders.append(folder)
         if not (folder / "answers.safetensors").exists():
             title = f"{name.title()}: {recipe.encoder_layers}-{recipe.decoder_layers} layers, {recipe.width} wide"
-            jobs.append((title, learn, folder, words, recipe, parts[name]))
+            jobs.append((title, learn, folder, words, recipe))
     if jobs:
         with Workers(progress) as workers:
             workers.run(*jobs)
     swift, super_ = folders
-    return WordPair(swift, super_, _answers(swift, parts["swift"]), _answers(super_, parts["super"]))
+    return WordPair(swift, super_, _answers(swift), _answers(super_))
 
 
-def learn(report: Report, folder: Path, words: Dictionary, recipe: Recipe, parts: tuple[str, ...]) -> None:
+def learn(report: Report, folder: Path, words: Dictionary, recipe: Recipe) -> None:
     """Train a model, have it answer the words held out, and save both."""
     tokenizer = tokenizer_for(words.phonemes)
-    answered = sum(len(getattr(words, part)) for part in parts)
+    answered = sum(len(getattr(words, part)) for part in ANSWERED)
     # A word answered takes about a fifth of the time of one learnt.
     total = recipe.steps + answered // (5 * recipe.batch_size)
     model = fit(words.train, tokenizer, recipe, lambda done, _: report(done, total))
     known = {}
-    for part in parts:
+    for part in ANSWERED:
         for name, values in answer(model, tokenizer, getattr(words, part).spelt).items():
             known[f"{part}.{name}"] = values
     with published(folder) as unfinished:
@@ -160,10 +159,10 @@ def _padded(ids: list[list[int]], rows: NDArray[np.int64], value: int) -> Tensor
     return pad_sequence([torch.tensor(ids[row]) for row in rows], batch_first=True, padding_value=value)
 
 
-def _answers(folder: Path, parts: tuple[str, ...]) -> dict[str, Answers]:
+def _answers(folder: Path) -> dict[str, Answers]:
     tokenizer, known = AutoTokenizer.from_pretrained(folder), load_file(folder / "answers.safetensors")
     answers = {}
-    for part in parts:
+    for part in ANSWERED:
         texts = tokenizer.batch_decode(known[f"{part}.tokens"], skip_special_tokens=True)
         answers[part] = Answers(texts, {name: known[f"{part}.{name}"] for name in LATE_SCORES})
     return answers

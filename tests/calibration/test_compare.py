@@ -5,12 +5,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elang.calibration import Costs, calibrate_gates, compare, gate_outcome
+from elang.calibration import GateCosts, calibrate_gates, compare, gate_outcome
 from elang.calibration.compare import area_gain, gate_gain
 from elang.calibration.curve import area, every_threshold
 from elang.calibration.gates import budget_area
 
-COSTS = Costs(encode=1.0, decode=2.0, super=10.0)
+COSTS = GateCosts(rows=1, encode=1.0, decode={1: 2.0}, super={1: 10.0})
 
 
 def rows(n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

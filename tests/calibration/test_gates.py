@@ -6,11 +6,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elang.calibration import Costs, GateCalibration, calibrate_gates, gate_outcome
+from elang.calibration import GateCalibration, GateCosts, calibrate_gates, gate_outcome
 from elang.calibration.gates import budget_area
 from elang.reference import keep_mask
 
-COSTS = Costs(encode=1.0, decode=2.0, super=10.0)
+COSTS = GateCosts(rows=1, encode=1.0, decode={1: 2.0}, super={1: 10.0})
 
 
 def rows(n: int = 400, seed: int = 0) -> tuple[dict, dict, np.ndarray, np.ndarray]:
@@ -29,7 +29,7 @@ def by_hand(early, late, t1, t2, swift, super_) -> tuple[float, float, float, fl
     seconds = quality = decoded = kept = 0.0
     for i in range(len(swift)):
         keep = first[i] and second[i]
-        seconds += COSTS.encode + COSTS.decode * first[i] + COSTS.super * (not keep)
+        seconds += COSTS.encode + COSTS.decode[1] * first[i] + COSTS.super[1] * (not keep)
         quality += swift[i] if keep else super_[i]
         decoded, kept = decoded + first[i], kept + keep
     return tuple(value / len(swift) for value in (seconds, quality, decoded, kept))
@@ -96,7 +96,7 @@ def test_two_gates_of_two_kinds_of_knowledge_beat_either():
         for s, q in zip(curve.seconds, curve.quality, strict=True)
         if q >= c.super_quality - 0.02
     )
-    assert c.seconds == least < c.costs.super
+    assert c.seconds == least < c.costs.of_super
     fresh_early, fresh_late, *fresh = rows(4000, seed=1)
     areas = {}
     for name, curve in c.curves.items():
@@ -142,7 +142,10 @@ def test_saved_read_and_drawn(tmp_path):
         (r"max_seconds, max_drop: got both or neither", {"max_seconds": None}),
         (r"max_seconds: got 0.5, out of reach: the quickest takes 3 s a row", {"max_seconds": 0.5}),
         (r"max_drop: got -0.5, out of reach", {"max_seconds": None, "max_drop": -0.5}),
-        (r"costs: got Costs.*wanted a Super that takes longer", {"costs": Costs(encode=5, decode=6, super=10)}),
+        (
+            r"costs: got GateCosts.*wanted a Super that takes longer",
+            {"costs": GateCosts(rows=1, encode=5, decode={1: 6}, super={1: 10})},
+        ),
         (r"early, late: got none, wanted names", {"early": {}, "late": {}}),
         (r"early, late: got head, head", {"late": {"head": np.zeros(400, "f4")}}),
         (r"head: got float32 \[2\], wanted float32 \[400\]", {"early": {"head": np.zeros(2, "f4")}}),

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from elang.calibration import BatchCosts, InfeasibleTarget, calibrate, risk
+from elang.calibration import BatchCosts, GateCosts, InfeasibleTarget, calibrate, risk
 from elang.calibration.compare import area_gain
 
 N = 1200
@@ -45,13 +45,24 @@ def test_costs_of_no_rows_and_all_and_of_each_alone():
     alone = BatchCosts(unit="FLOPs", rows=1, swift=1.2, super={1: 21.8})
     assert alone.of_share(0.32) == pytest.approx([1.2 + 0.32 * 21.8])
     for change, message in (
-        ({"rows": 9}, "super: got sizes up to 8, wanted up to the 9 rows"),
-        ({"super": {}}, "a cost of Super for sizes >= 1"),
-        ({"swift": -1.0}, "no cost below 0"),
-        ({"super": {0: 1.0, 8: 2.0}}, "for sizes >= 1"),
+        ({"rows": 9}, "super: got the sizes 1, 2, 4, 8, wanted the 9 rows of a batch too"),
+        ({"super": {}}, "super: got {}, wanted costs >= 0"),
+        ({"swift": -1.0}, "swift: got -1.0, wanted no cost below 0"),
+        ({"super": {0: 1.0, 8: 2.0}}, "of batches of 1 row and more"),
     ):
         with pytest.raises(ValueError, match=message):
             BatchCosts(**{**COSTS.model_dump(), **change})
+
+
+def test_gates_cost_what_parts_of_their_size_cost():
+    costs = GateCosts(rows=4, encode=1.0, decode={1: 2.0, 4: 5.0}, super={1: 6.0, 2: 8.0, 4: 16.0})
+    assert (costs.of_swift, costs.of_super) == (6 / 4, 16 / 4)
+    assert costs.of_shares([1.0, 0.0], [1.0, 0.0]) == pytest.approx([6 / 4, 17 / 4])
+    decode, super_ = {1: 2.0, 2: 3.0, 3: 4.0, 4: 5.0}, {1: 6.0, 2: 8.0, 3: 12.0, 4: 16.0}
+    want = 1 + sum(stats.binom.pmf(k, 4, 0.6) * decode[k] + stats.binom.pmf(k, 4, 0.7) * super_[k] for k in decode)
+    assert costs.of_shares(0.6, 0.3) == pytest.approx(want / 4)
+    with pytest.raises(ValueError, match=r"decode: got the sizes 1, wanted the 4 rows of a batch too"):
+        GateCosts(rows=4, encode=1.0, decode={1: 2.0}, super={4: 1.0})
 
 
 def test_max_cost_is_the_best_accuracy_that_can_be_paid_for(data):
