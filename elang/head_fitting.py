@@ -46,6 +46,7 @@ def fit_energy_head(
     epochs: int = 30,
     learning_rate: float = 0.01,
     seed: int = 0,
+    progress: bool = True,
 ) -> EnergyHead:
     """An `EnergyHead` fitted on what Swift's frozen encoder makes of these texts; Swift is left as it is.
 
@@ -57,8 +58,7 @@ def fit_energy_head(
 
     The states are computed once. A part of the rows validates: the weights kept are those after the epoch with the
     least validation loss. Texts without a token are left out. AdamW with a cosine schedule, on features scaled to unit
-    variance; the scale ends up in the weights. Same seed, same data, same machine: same head. Progress bars on a
-    terminal.
+    variance; the scale ends up in the weights. Same seed, same data, same machine: same head.
 
     Args:
         swift: a Hugging Face encoder-decoder in eval mode.
@@ -67,6 +67,7 @@ def fit_energy_head(
         validation: share of the rows, in (0, 1).
         cache: folder for the encoder's states; see `elang.evaluation.features.encoder_features`.
         max_length: tokens at which texts are cut; None: as many as tokenizer and encoder take.
+        progress: bars, where stderr is a terminal and it takes long.
 
     Returns:
         The head; `.fitted` has its record, `.fitted.summary()` in words, `.save(folder)` keeps both.
@@ -95,13 +96,13 @@ def fit_energy_head(
     if not 0 < held_out < len(rows):
         raise ValueError(f"texts: got {len(rows)} with a token, too few for a validation share of {validation}")
     validating, training = (np.sort(part) for part in np.split(rows, [held_out]))
-    with bar("encoder's states") as report:
+    with bar("encoder's states", progress) as report:
         where = None if cache is None else Path(cache)
         features = encoder_features(swift, encoded, form, cache=where, batch_size=batch_size, report=report)
     examples = _examples(task, features, encoded, training), _examples(task, features, encoded, validating)
     torch.manual_seed(seed)
     head = EnergyHead(features.shape[1], task.outputs, form)
-    with bar("energy head") as report:
+    with bar("energy head", progress) as report:
         losses = _fit(head, *examples, task.loss, epochs, learning_rate, seed, report)
 
     score = _scores(head, features, encoded, validating, task)

@@ -19,10 +19,10 @@ def silent(done: int, total: int) -> None:
 
 
 @contextmanager
-def bar(title: str, console: Console | None = None) -> Iterator[Report]:
+def bar(title: str, shown: bool = True, console: Console | None = None) -> Iterator[Report]:
     """A `Report` that draws on stderr, if that is a terminal, once the work has taken `PATIENCE` seconds."""
     console = console or Console(stderr=True)
-    if not console.is_terminal:
+    if not (shown and console.is_terminal):
         yield silent
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())

@@ -22,6 +22,8 @@ from elang.demo.words import Words, split, tokenizer_for
 from elang.energy_head import EnergyHead
 from elang.evaluation.flops import generate_flops, row_flops
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LINES = """\
 'bout B AW1 T
 a AH0

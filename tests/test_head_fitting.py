@@ -21,6 +21,8 @@ from elang.head_fitting import fit_energy_head
 from elang.reference import score_logits, vocab_energy
 from elang.router import Router
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 MANY = [f"{text} {other}" for text in TEXTS for other in TEXTS[::20]]
 
 

@@ -33,6 +33,8 @@ from elang.late import LateRouter, late_scores
 from elang.pipelines import TASKS, JointPipeline, pipeline
 from elang.router import Router
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 INF = math.inf
 COMMON = [f"w{i}" for i in range(20)]
 GENERATION = {"greedy": {}, "beam": {"num_beams": 3}}
@@ -151,15 +153,6 @@ def shapes(model: Any) -> Iterator[list[tuple[int, ...]]]:
     )
     yield seen
     hook.remove()
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Models this small wait longer for a second thread than they gain by it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # ---- generated text

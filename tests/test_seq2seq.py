@@ -18,6 +18,8 @@ from elang.late import LATE_SCORES, LateRouter, late_scores
 from elang.router import Router
 from elang.seq2seq import JointSeq2Seq
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 INF, VOCAB, LENGTH = float("inf"), 40, 9
 SHARES = (0, 1, 4, 6)  # of six rows
 _TOKENS = {"vocab_size": VOCAB, "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}

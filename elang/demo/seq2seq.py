@@ -119,7 +119,8 @@ def _head(swift: Any, tokenizer: Any, pair: WordPair, words: Dictionary) -> Ener
     """Tells where Swift says what Super says, from words that neither has learnt: there they agree more often."""
     ours, theirs = pair.swift_answers["head"].texts, pair.super_answers["head"].texts
     agree = [a == b for a, b in zip(ours, theirs, strict=True)]
-    return fit_energy_head(swift, tokenizer, words.head.spelt, agree, cache=cache_folder() / "features", batch_size=128)
+    cache = cache_folder() / "features"
+    return fit_energy_head(swift, tokenizer, words.head.spelt, agree, cache=cache, batch_size=128, progress=False)
 
 
 @torch.no_grad()
