@@ -1,13 +1,13 @@
-"""The command line: `elang demo`, `elang demo seq2seq`, `elang info`."""
+"""The command line: `elang demo`, `elang demo seq2seq`, `elang eval`, `elang calibrate`, `elang info`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from elang import commands
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Energy-routed inference: Swift first, Super if need be."
@@ -16,6 +16,8 @@ app = typer.Typer(
 
 demos = typer.Typer(add_completion=False)
 app.add_typer(demos, name="demo")
+app.command("eval")(commands.eval_)
+app.command()(commands.calibrate)
 
 
 @demos.callback(invoke_without_command=True)
@@ -52,7 +54,7 @@ def demo(
         return
     from elang.demo import run
 
-    with _one_line("elang demo"):
+    with commands.one_line("elang demo"):
         run(out, csv=csv, swift=swift, super_=super_)
 
 
@@ -72,18 +74,8 @@ def seq2seq(
     """
     from elang.demo.seq2seq import run
 
-    with _one_line("elang demo seq2seq"):
+    with commands.one_line("elang demo seq2seq"):
         run(out or context.obj / "seq2seq")
-
-
-@contextmanager
-def _one_line(command: str) -> Iterator[None]:
-    """What goes wrong, without a traceback."""
-    try:
-        yield
-    except (ValueError, OSError, RuntimeError) as error:
-        typer.echo(f"{command}: {error}", err=True)
-        raise typer.Exit(1) from error
 
 
 @app.command()

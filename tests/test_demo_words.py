@@ -98,7 +98,7 @@ def test_the_whole_demo_on_a_made_up_language(tmp_path, monkeypatch):
     small = {"batch_size": 16, "learning_rate": 5e-3}
     monkeypatch.setattr(train_words, "SWIFT", replace(train_words.SWIFT, width=16, steps=40, **small))
     monkeypatch.setattr(train_words, "SUPER", replace(train_words.SUPER, width=32, steps=250, **small))
-    monkeypatch.setattr("elang.demo.measure_words.TIMED_ROWS", {1: 4, 32: 40})
+    monkeypatch.setattr("elang.demo.measure_words.TIMED_ROWS", {1: 4, 16: 40})
     monkeypatch.setattr("elang.calibration.compare.RESAMPLES", 20)
     words = split(made_up(1500), parts={"test": 100, "calibration": 150, "head": 200})
     console = Console(width=120, record=True, file=open(tmp_path / "log", "w"))  # noqa: SIM115

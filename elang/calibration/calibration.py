@@ -20,6 +20,8 @@ from elang.calibration.curve import Thresholds, area, every_threshold
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from elang.monitoring import Monitor
+
 CURVE_POINTS = 201
 HARDEST = 20
 
@@ -128,6 +130,12 @@ class Calibration(Artefact):
             f"Row by row against Super that is {0 - 100 * t.drop:+.1f} points, at worst {0 - 100 * t.drop_upper:+.1f} "
             f"with {level} confidence. {t.note}{unusable if self.curve.not_finite else ''}"
         )
+
+    def monitor(self, **options: Any) -> Monitor:
+        """Watch a joint model against this calibration: `elang.monitoring.Monitor`, whose options these are."""
+        from elang.monitoring import Monitor
+
+        return Monitor(self, **options)
 
     def plot(self, path: str | Path | None = None) -> Figure:
         """Accuracy against share kept, written to `path` (its suffix is the format) if given. Needs `elang[report]`."""

@@ -12,6 +12,7 @@ from elang.calibration.costs import GateCosts
 from elang.calibration.gates import GateCurve, budget_area, keeps
 
 RESAMPLES = 1_000
+AT_ONCE = 4_000_000  # rows of samples in memory
 
 Floats = NDArray[np.float64]
 
@@ -40,9 +41,9 @@ def area_gain(
     swift, super_ = (np.asarray(q, dtype=np.float64) for q in (swift_quality, super_quality))
     ours, theirs = _area_of(score, swift, super_), None if control is None else _area_of(control, swift, super_)
 
-    def gain(weight: Floats) -> float:
-        at_random = float(weight @ (swift + super_)) / 2 / len(swift)
-        return ours(weight) - (at_random if theirs is None else theirs(weight))
+    def gain(weights: Floats) -> Floats:
+        at_random = weights @ (swift + super_) / 2 / len(swift)
+        return ours(weights) - (at_random if theirs is None else theirs(weights))
 
     return _bootstrap(gain, len(swift), confidence, seed)
 
@@ -61,18 +62,24 @@ def gate_gain(
     """`budget_area` of one way to gate minus that of another, at thresholds that other rows chose."""
     swift, super_ = (np.asarray(q, dtype=np.float64) for q in (swift_quality, super_quality))
     ours, theirs = (_budget_area_of(each, scores, swift, super_, costs) for each in (curve, control))
-    return _bootstrap(lambda weight: ours(weight) - theirs(weight), len(swift), confidence, seed)
+    return _bootstrap(lambda weights: ours(weights) - theirs(weights), len(swift), confidence, seed)
 
 
-def _bootstrap(value: Callable[[Floats], float], n: int, confidence: float, seed: int) -> Gain:
-    rng, even = np.random.default_rng(seed), np.full(n, 1 / n)
-    drawn = [value(rng.multinomial(n, even).astype(np.float64)) for _ in range(RESAMPLES)]
+Statistic = Callable[[Floats], Floats]  # of how often each row counts in each sample [R, N]; [R]
+
+
+def _bootstrap(statistic: Statistic, n: int, confidence: float, seed: int) -> Gain:
+    rng, drawn = np.random.default_rng(seed), list[float]()
+    while len(drawn) < RESAMPLES:
+        several = min(RESAMPLES - len(drawn), max(1, AT_ONCE // n))
+        weights = np.stack([np.bincount(rng.integers(0, n, n), minlength=n) for _ in range(several)])
+        drawn += statistic(weights.astype(np.float64)).tolist()
     tail = (1 - confidence) / 2
     lower, upper = np.quantile(drawn, [tail, 1 - tail])
-    return Gain(value(np.ones(n)), float(lower), float(upper))
+    return Gain(float(statistic(np.ones((1, n)))[0]), float(lower), float(upper))
 
 
-def _area_of(score: ArrayLike, swift: Floats, super_: Floats) -> Callable[[Floats], float]:
+def _area_of(score: ArrayLike, swift: Floats, super_: Floats) -> Statistic:
     """`calibration.curve.area`, of any quality and of weighted rows."""
     values = np.asarray(score, dtype=np.float32)
     finite = np.isfinite(values)
@@ -85,20 +92,21 @@ def _area_of(score: ArrayLike, swift: Floats, super_: Floats) -> Callable[[Float
         quality = (weight @ super_ + np.append(0.0, np.bincount(place, w * gained, len(distinct)).cumsum())) / n
         return float(np.diff(share) @ (quality[1:] + quality[:-1]) / 2 + (1 - share[-1]) * quality[-1])
 
-    return area
+    return lambda weights: np.array([area(weight) for weight in weights])
 
 
 def _budget_area_of(
     curve: GateCurve, scores: dict[str, NDArray[np.float32]], swift: Floats, super_: Floats, costs: GateCosts
-) -> Callable[[Floats], float]:
+) -> Statistic:
     early, late = (None if name is None else scores[name] for name in (curve.early, curve.late))
     decoded = np.array([keeps(early, t, len(swift)) for t in curve.early_threshold], dtype=np.float64)
     kept = decoded * [keeps(late, t, len(swift)) for t in curve.late_threshold]
-    gained = swift - super_
+    gained = kept * (swift - super_)
 
-    def area(weight: Floats) -> float:
-        n = weight.sum()
-        seconds = costs.of_shares(decoded @ weight / n, kept @ weight / n)
-        return budget_area(seconds, (weight @ super_ + kept @ (weight * gained)) / n, costs)
+    def areas(weights: Floats) -> Floats:
+        n = weights.sum(axis=1, keepdims=True)
+        seconds = costs.of_shares(weights @ decoded.T / n, weights @ kept.T / n)
+        quality = (weights @ super_[:, None] + weights @ gained.T) / n
+        return np.array([budget_area(*point, costs) for point in zip(seconds, quality, strict=True)])
 
-    return area
+    return areas

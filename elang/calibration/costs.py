@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import model_validator
@@ -60,9 +62,9 @@ class GateCosts(Record):
 
     def of_shares(self, decoded: ArrayLike, kept: ArrayLike) -> Floats:
         """Expected seconds of a row where each is decoded, and is kept, with these probabilities; [P]."""
-        decoding = expected(self.decode, np.asarray(decoded, dtype=np.float64), self.rows)
-        answering = expected(self.super, 1 - np.asarray(kept, dtype=np.float64), self.rows)
-        return (self.encode + decoding + answering) / self.rows
+        decoding = np.interp(np.asarray(decoded), SHARES, _at_shares(tuple(self.decode.items()), self.rows))
+        answering = np.interp(1 - np.asarray(kept), SHARES, _at_shares(tuple(self.super.items()), self.rows))
+        return np.asarray((self.encode + decoding + answering) / self.rows)
 
 
 def check(rows: int, by_size: dict[str, BySize], others: dict[str, float]) -> None:
@@ -98,3 +100,12 @@ def expected(costs: BySize, share: Floats, rows: int, buckets: bool = False) -> 
         log_p = np.where(count, count * np.log(share)[..., None], 0.0)
         log_q = np.where(count[::-1], count[::-1] * np.log1p(-share)[..., None], 0.0)
     return np.asarray(np.exp(log_choose + log_p + log_q) @ of_count)
+
+
+SHARES = np.linspace(0, 1, 4097)
+
+
+@cache
+def _at_shares(costs: tuple[tuple[int, float], ...], rows: int) -> Floats:
+    """`expected` at `SHARES`, as a table: gates are compared at millions of shares."""
+    return expected(dict(costs), SHARES, rows)

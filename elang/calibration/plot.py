@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from elang.calibration.gates import GateCalibration
 
 CHOSEN, GREY = "#1f5fbf", "#6b7280"
-OTHERS = ("#d97706", "#0f9d76", "#b83280", "#7c5cd6", "#8a6d3b", "#0891b2", "#c2410c")
+OTHERS = ("#d97706", "#0f9d76", "#b83280", "#7c5cd6", "#8a6d3b", "#0891b2", "#c2410c", "#4d7c0f")
 
 
 def plot_calibration(calibration: Calibration) -> Figure:
@@ -78,7 +78,8 @@ def plot_gates(calibration: GateCalibration) -> Figure:
     milliseconds = [1e3 * seconds for seconds, _ in ends.values()]
     axes.plot(milliseconds, [quality for _, quality in ends.values()], "o:", color=GREY, label="random (expected)")
     for (name, (_, quality)), x in zip(ends.items(), milliseconds, strict=True):
-        axes.annotate(f" {name} {quality:.3g} ", (x, quality), (0, -14), textcoords="offset points", color=GREY)
+        where = {"textcoords": "offset points", "horizontalalignment": "left" if name == "Swift" else "right"}
+        axes.annotate(f" {name} {quality:.3g} ", (x, quality), (0, 6), color=GREY, **where)
     colors = itertools.cycle(OTHERS)
     for name, curve in c.curves.items():
         chosen = (curve.early, curve.late) == (c.early, c.late)

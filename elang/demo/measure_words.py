@@ -25,8 +25,8 @@ from elang.router import Router
 from elang.seq2seq import JointSeq2Seq
 
 SWIFT, SUPER = "Swift", "Super"
-TIMED_ROWS = {1: 64, 32: 512}  # by batch size
-COST_BATCHES = 12
+TIMED_ROWS = {1: 64, 256: 2048}  # by batch size: one word at a time, and many at leisure
+COST_BATCHES = 6
 
 Bools = NDArray[np.bool_]
 
@@ -118,18 +118,15 @@ def _from_states(batch: dict[str, Tensor], states: Tensor, rows: Tensor) -> dict
 
 
 def systems(gates: GateCalibration) -> list[System]:
-    """Of the best early score, late score and pair the quickest point within the target on the calibration words."""
-    found = []
-    for early, late in ((True, False), (False, True), (True, True)):
-        curves = {
-            name: c for name, c in gates.curves.items() if (c.early is not None, c.late is not None) == (early, late)
-        }
-        name, curve = max(curves.items(), key=lambda item: item[1].area)
-        at = [i for i, quality in enumerate(curve.quality) if quality >= gates.super_quality - gates.value]
-        if at:
-            thresholds = curve.early_threshold[at[0]], curve.late_threshold[at[0]]
-            found.append(System(name, curve.early, thresholds[0], curve.late, thresholds[1]))
-    return found
+    """The quickest early gate, late gate and pair within the target on the calibration words, where there is one."""
+    found: dict[tuple[bool, bool], tuple[float, System]] = {}
+    for name, c in gates.curves.items():
+        points = zip(c.seconds, c.quality, c.early_threshold, c.late_threshold, strict=True)
+        for seconds, quality, early, late in points:
+            kind = c.early is not None, c.late is not None
+            if quality >= gates.super_quality - gates.value and seconds < found.get(kind, (np.inf,))[0]:
+                found[kind] = seconds, System(name, c.early, early, c.late, late)
+    return [system for _, system in found.values()]
 
 
 def figures(

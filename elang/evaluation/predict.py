@@ -1,4 +1,4 @@
-"""What Swift and Super answer on N texts, as plain numpy arrays: the input of calibration and of every table."""
+"""What Swift and Super answer on N texts, or pairs of them, as numpy arrays: the input of calibration and tables."""
 
 from __future__ import annotations
 
@@ -30,11 +30,18 @@ def longest_input(tokenizer: Any, config: Any) -> int | None:
 
 
 class Encoded:
-    """N tokenised texts, cut at `max_length` tokens if it is given, and the batches made of them."""
+    """N tokenised texts, or pairs of them, cut at `max_length` tokens if it is given, and the batches made of them."""
 
-    def __init__(self, tokenizer: Any, texts: Sequence[str], max_length: int | None) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        texts: Sequence[str],
+        max_length: int | None,
+        second_texts: Sequence[str] | None = None,
+    ) -> None:
+        pairs = [list(texts)] if second_texts is None else [list(texts), list(second_texts)]
         self._tokenizer = tokenizer
-        self._columns = dict(tokenizer(list(texts), truncation=max_length is not None, max_length=max_length))
+        self._columns = dict(tokenizer(*pairs, truncation=max_length is not None, max_length=max_length))
         self.lengths = np.array([len(ids) for ids in self._columns["input_ids"]], dtype=np.int64)  # [N]
 
     def __len__(self) -> int:
@@ -47,8 +54,8 @@ class Encoded:
 
     @property
     def sha256(self) -> str:
-        """Of the tokens."""
-        return hashlib.sha256(json.dumps(self.ids).encode()).hexdigest()
+        """Of all that a model is given: tokens, and where the tokenizer makes them the mask and the segments."""
+        return hashlib.sha256(json.dumps(self._columns, sort_keys=True).encode()).hexdigest()
 
     def batch(self, rows: Sequence[int] | NDArray[np.int64]) -> dict[str, Tensor]:
         """The models' inputs for these rows, padded to the longest of them."""
