@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from elang.head_fitting import fit_energy_head
     from elang.joint import JointClassifier
     from elang.late import LateRouter, late_scores
+    from elang.monitoring import BudgetController, Monitor
     from elang.ops import gather_rows, merge_rows, route, route_logits, vocab_energy
     from elang.pipelines import pipeline
     from elang.reference import Route, VocabEnergy
@@ -35,6 +36,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "BatchCosts": "calibration",
+    "BudgetController": "monitoring",
     "Calibration": "calibration",
     "EnergyHead": "energy_head",
     "GateCalibration": "calibration",
@@ -43,6 +45,7 @@ _HOME = {
     "JointClassifier": "joint",
     "JointSeq2Seq": "seq2seq",
     "LateRouter": "late",
+    "Monitor": "monitoring",
     "Route": "reference",
     "Router": "router",
     "VocabEnergy": "reference",
@@ -62,6 +65,7 @@ _HOME = {
 
 __all__ = [
     "BatchCosts",
+    "BudgetController",
     "Calibration",
     "EnergyHead",
     "GateCalibration",
@@ -70,6 +74,7 @@ __all__ = [
     "JointClassifier",
     "JointSeq2Seq",
     "LateRouter",
+    "Monitor",
     "Route",
     "Router",
     "VocabEnergy",
