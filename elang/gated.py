@@ -14,7 +14,7 @@ from elang import host_read
 from elang.dispatch import Routing
 from elang.energy_head import EnergyHead
 from elang.fingerprint import fingerprint
-from elang.late import LateRouter, late_scores
+from elang.late import LateRouter, ends_of, late_scores
 from elang.reference import Route
 from elang.router import Router
 
@@ -88,9 +88,9 @@ class GatedSwift:
             inputs = _kept_inputs(rows, states, kept)
             output = self.model.generate(**inputs, **options, return_dict_in_generate=True, output_logits=True)
             sequences = by_row(output.sequences, len(kept))
-            ends = options.get("eos_token_id", self.model.generation_config.eos_token_id)
+            each = late_scores(output, ends_of(self.model, options))
             # Of several sequences of a row the first decides: the likeliest of beams.
-            scores = {name: value.view(len(kept), -1)[:, 0] for name, value in late_scores(output, ends).items()}
+            scores = {name: value.view(len(kept), -1)[:, 0] for name, value in each.items()}
             late_score[kept] = scores[self.late.score]
         second = self.late(late_score)  # a row that was not decoded has no score, and stays routed
         n_routed, length = _extent(second, rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -47,6 +48,13 @@ def late_scores(output: Any, eos_token_id: int | list[int] | None) -> dict[str, 
         "min_log_prob": p.amin(dim=1),
         "decoder_energy": torch.stack(energy, dim=1).where(real, 0.0).sum(dim=1) / count,
     }
+
+
+def ends_of(model: Any, options: Mapping[str, Any]) -> int | list[int] | None:
+    """The tokens that end a sequence for `model.generate(..., **options)`."""
+    config = options.get("generation_config") or model.generation_config
+    ends: int | list[int] | None = options.get("eos_token_id", config.eos_token_id)
+    return ends
 
 
 class LateRouter(Gate):

@@ -22,7 +22,7 @@ from elang.backbones import Backbone, logits_of
 from elang.contract import check_eval, refuse_other_heads
 from elang.evaluation.predict import longest_input
 from elang.gated import ENCODER_INPUTS, GatedSwift
-from elang.late import late_scores
+from elang.late import ends_of, late_scores
 from elang.router import Router
 
 CLASSIFICATION = "text-classification"
@@ -100,8 +100,7 @@ class Generator(Reader):
     def answer(self, texts: Texts) -> list[Answer]:
         options = {**self.options, "return_dict_in_generate": True, "output_logits": True}
         output = self.model.generate(**self.inputs(texts), **options)
-        ends = self.options.get("eos_token_id", self.model.generation_config.eos_token_id)
-        score = late_scores(output, ends)["mean_log_prob"].exp()
+        score = late_scores(output, ends_of(self.model, self.options))["mean_log_prob"].exp()
         return list(map(Answer, self.written(output.sequences), score.tolist()))
 
     def inputs(self, texts: Texts) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from transformers.generation.utils import GenerateEncoderDecoderOutput
 
 from elang import reference
 from elang.energy_head import EnergyHead, pooled
-from elang.late import LATE_SCORES, LateRouter, late_scores
+from elang.late import LATE_SCORES, LateRouter, ends_of, late_scores
 from elang.router import Router
 from elang.seq2seq import JointSeq2Seq
 
@@ -294,6 +294,14 @@ def test_late_scores_end_with_the_sequence():
     for name, values in late_scores(short, [1, 6]).items():
         torch.testing.assert_close(long[name], values)
     assert late_scores(output, None)["sum_log_prob"][1] < long["sum_log_prob"][1]
+
+
+def test_what_ends_a_sequence_is_what_generate_is_told(pair):
+    swift, _ = pair
+    config = transformers.GenerationConfig(eos_token_id=[7, 8])
+    for options, want in (({}, 1), ({"eos_token_id": 5}, 5), ({"generation_config": config}, [7, 8])):
+        assert ends_of(swift, options) == want
+    assert ends_of(swift, {"generation_config": config, "eos_token_id": None}) is None
 
 
 GATES = {"both": True, "late alone": False}
