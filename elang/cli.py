@@ -62,7 +62,7 @@ def demo(
 def seq2seq(
     context: typer.Context,
     out: Annotated[
-        Path | None, typer.Option(file_okay=False, help="Folder for gates.json, the energy head and two plots.")
+        Path | None, typer.Option(file_okay=False, help="Folder for the gates, the energy head and the plots.")
     ] = None,
 ) -> None:
     """Two encoder-decoders that say English words, and the gates between them.

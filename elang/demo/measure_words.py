@@ -25,7 +25,7 @@ from elang.router import Router
 from elang.seq2seq import JointSeq2Seq
 
 SWIFT, SUPER = "Swift", "Super"
-TIMED_ROWS = {1: 64, 256: 2048}  # by batch size: one word at a time, and many at leisure
+TIMED_ROWS = {1: 64, 256: 1536}  # by batch size: one word at a time, and many at leisure
 COST_BATCHES = 6
 
 Bools = NDArray[np.bool_]

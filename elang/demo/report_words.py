@@ -13,9 +13,8 @@ from elang.calibration import GateCalibration, GateCosts, gate_outcome
 from elang.calibration.compare import area_gain, gate_gain
 from elang.calibration.curve import auroc
 from elang.calibration.gates import budget_area
-from elang.demo.measure_words import SUPER, SWIFT, TIMED_ROWS, Row, Sources
+from elang.demo.measure_words import SUPER, SWIFT, Row, Sources
 
-SIZES = "/".join(f"b{size}" for size in TIMED_ROWS)
 COLORS = ("#1f5fbf", "#6b7280", "#d97706", "#0f9d76", "#b83280", "#7c5cd6", "#0891b2")
 
 
@@ -47,7 +46,8 @@ SCORES = (
 
 def gating(gates: GateCalibration, test: Sources) -> Table:
     """One gate and two, in time: at the thresholds that the calibration words chose."""
-    table = _table("Gates, exact match within a budget of time", GATING)
+    size = gates.costs.rows
+    table = _table(f"Gates, exact match within a budget of time, batch {size}", GATING)
     for heading in ("cal.", "test", "gain of the pair, test\n(95 % interval)"):
         table.add_column(heading, justify="right", no_wrap=True)
     known = test.early | test.late
@@ -64,7 +64,7 @@ def gating(gates: GateCalibration, test: Sources) -> Table:
 
 GATING = (
     "Mean exact match, in %, of the best that each way to gate reaches within a budget, over budgets from Swift's time "
-    "for a word to Super's (batch 256). The gain is that of the pair that was best on the calibration words."
+    "for a word to Super's. The gain is that of the pair that was best on the calibration words."
 )
 
 
@@ -76,15 +76,16 @@ def systems(rows: Sequence[Row], costs: Mapping[int, GateCosts]) -> Table:
         for size, c in costs.items()
     )
     table = _table("Systems, on the test words", f"{SYSTEMS} Costs: {measured}.")
+    sizes = "/".join(f"b{size}" for size in costs)
     headings = (
         "exact\n%",
         "PER\n%",
         "deco-\nded %",
         "kept\n%",
         "FLOPs\nx",
-        f"clock x\n{SIZES}",
-        f"eta\n{SIZES}",
-        f"dispatch\n{SIZES}",
+        f"clock x\n{sizes}",
+        f"eta\n{sizes}",
+        f"dispatch\n{sizes}",
     )
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
@@ -170,7 +171,8 @@ say = elang.pipeline(
     "translation",
     swift={str(swift)!r},
     super={str(super_)!r},
-{head}    gates={str(out / "gates.json")!r},
+{head}    gates={str(out / f"gates-batch-{gates.costs.rows}.json")!r},
+    batch_size={gates.costs.rows},
 )
 print(say(["cat", "phlegm"]))
 """

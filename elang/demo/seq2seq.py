@@ -16,7 +16,7 @@ import elang
 from elang import backend
 from elang.calibration import GateCalibration, Provenance, calibrate_gates
 from elang.demo import measure_words, report_words
-from elang.demo.measure_words import TIMED_ROWS, Sources
+from elang.demo.measure_words import Sources
 from elang.demo.store import cache_folder
 from elang.demo.train_words import MAX_NEW_TOKENS, WordPair, load, train_word_pair
 from elang.demo.words import Dictionary, Words, pronunciations
@@ -64,7 +64,7 @@ def run(out: Path, words: Dictionary | None = None, console: Console | None = No
             size: measure_words.costs(
                 swift, super_, head, texts, size, _reporter(progress, f"time of each part, batch {size}")
             )
-            for size in TIMED_ROWS
+            for size in measure_words.TIMED_ROWS
         }
         provenance = Provenance(
             swift=str(pair.swift),
@@ -78,34 +78,38 @@ def run(out: Path, words: Dictionary | None = None, console: Console | None = No
             library=elang.__version__,
         )
         held = parts["calibration"]
-        gates = calibrate_gates(
-            {HEAD: held.early[HEAD]},
-            held.late,
-            held.swift_exact,
-            held.super_exact,
-            costs[max(TIMED_ROWS)],
-            max_drop=MAX_DROP,
-            provenance=provenance,
-        )
+        by_size = {
+            size: calibrate_gates(
+                {HEAD: held.early[HEAD]},
+                held.late,
+                held.swift_exact,
+                held.super_exact,
+                of_size,
+                max_drop=MAX_DROP,
+                provenance=provenance,
+            )
+            for size, of_size in costs.items()
+        }
+        gates = by_size[max(by_size)]
         reporter = _reporter(progress, "wall-clock: all systems in alternation")
         ways = measure_words.systems(gates)
         rows = measure_words.figures(ways, swift, super_, head, texts, parts["test"], reporter)
 
     out.mkdir(parents=True, exist_ok=True)
     head.save(out / "energy_head")
-    gates.save(out / "gates.json")
-    gates.plot(out / "gates.png")
+    for size, chosen in by_size.items():
+        chosen.save(out / f"gates-batch-{size}.json")
+        chosen.plot(out / f"gates-batch-{size}.png")
     report_words.plot(parts["test"], out / "words.png")
     for rendered in (
         report_words.scores(parts["test"], LENGTH),
-        report_words.gating(gates, parts["test"]),
+        *(report_words.gating(chosen, parts["test"]) for chosen in by_size.values()),
         report_words.systems(rows, costs),
     ):
         console.print(rendered, "")
     console.print(report_words.meaning(rows, gates, parts["test"]))
-    console.print(
-        f"\n[bold]What next?[/bold]\nWritten into {out.resolve()}: energy_head, gates.json, gates.png, words.png\n"
-    )
+    written = ", ".join(sorted(path.name for path in out.iterdir()))
+    console.print(f"\n[bold]What next?[/bold]\nIn {out.resolve()}: {written}\n")
     console.print(
         report_words.next_steps(pair.swift, pair.super_, out.resolve(), gates),
         markup=False,

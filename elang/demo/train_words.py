@@ -61,6 +61,7 @@ class WordPair(NamedTuple):
 
 def train_word_pair(words: Dictionary, cache: Path, progress: Progress) -> WordPair:
     """The pair for these words, and its answers to those held out, from the cache or made now, side by side."""
+    cache.mkdir(parents=True, exist_ok=True)
     folders: list[Path] = []
     jobs = []
     for name, recipe in (("swift", SWIFT), ("super", SUPER)):
