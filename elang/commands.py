@@ -258,11 +258,11 @@ def _answer(
 
 
 def _joined(pair: _Pair, answers: Answers, score: str, threshold: float) -> JointClassifier:
-    from elang.evaluation.run import label_columns
+    from elang.evaluation.run import columns_for
     from elang.joint import JointClassifier
     from elang.router import Router
 
-    labels = (label_columns(role, m, answers.task) for role, m in (("swift", pair.swift), ("super", pair.super)))
+    labels = (columns_for(role, m, answers.task) for role, m in (("swift", pair.swift), ("super", pair.super)))
     router = Router(score, threshold=threshold, temperature=answers.temperature)
     return JointClassifier(pair.swift, pair.super, router, label_map=dict(zip(*labels, strict=True)))
 

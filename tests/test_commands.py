@@ -152,7 +152,7 @@ def test_the_joint_models_that_are_timed_decide_as_the_table_says(elang, answers
 
     def time_task(swift, super_, joints, answers, tokenizers):
         texts = run.encode("swift", swift, tokenizers[0], answers.rows)
-        label = [run.label_columns("super", super_, answers.task).index(i) for i in range(2)]  # of each of its outputs
+        label = [run.columns_for("super", super_, answers.task).index(i) for i in range(2)]  # of each of its outputs
         timed.append([label[joints[0](**texts.batch([row])).logits.argmax()] for row in range(len(texts))])
         return Timing(rows=1, batch_size=1, rounds=1, threads=1, swift=1, super=2, joint=(3,))
 
@@ -170,8 +170,8 @@ def test_default_labels_are_joined_in_the_task_s_order(folder, answers):
     task = answers.task
     joint = commands._joined(pair, answers, "energy", float("-inf"))
     row = run.encode("swift", swift, of_swift, answers.rows).batch([3])
-    labels = run.label_columns("swift", swift, task).index(int(swift(**row).logits.argmax()))
-    assert run.label_columns("super", super_, task).index(int(joint(**row).logits.argmax())) == labels
+    labels = run.columns_for("swift", swift, task).index(int(swift(**row).logits.argmax()))
+    assert run.columns_for("super", super_, task).index(int(joint(**row).logits.argmax())) == labels
 
 
 # ---- calibrate, and eval with what it made

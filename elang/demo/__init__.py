@@ -5,11 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
-from transformers.utils import logging as transformers_logging
 
 import elang
 from elang import backend
@@ -19,7 +17,8 @@ from elang.demo.data import Dataset, movie_reviews, read_csv
 from elang.demo.measure import Answered, Point, Row, figures
 from elang.demo.store import cache_folder
 from elang.demo.train import MAX_LENGTH, Pair, train_pair
-from elang.evaluation.predict import Encoded, predict, predict_scored
+from elang.demo.workers import prepared
+from elang.evaluation.predict import Encoded, label_columns, predict, predict_scored
 from elang.fingerprint import fingerprint
 from elang.progress import Report
 
@@ -50,11 +49,7 @@ def run(
     if (swift is None) != (super_ is None):
         raise ValueError("swift, super: got one of them, wanted both or neither")
     console = console or Console()
-    torch.set_num_threads(1)
-    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    bar = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(SpinnerColumn(), *bar, console=console) as progress:
+    with prepared(console) as progress:
         task = progress.add_task("data", total=None)
         dataset = movie_reviews(cache_folder()) if csv is None else read_csv(csv)
         progress.update(task, total=1, completed=1)
@@ -83,7 +78,10 @@ def _evaluate(dataset: Dataset, pair: Pair, progress: Progress) -> tuple[list[Ro
         AutoModelForSequenceClassification.from_pretrained(name).eval() for name in (pair.swift, pair.super_)
     )
     tokenizer = _shared_tokenizer(pair)
-    swift_columns, super_columns = _columns(pair.swift, swift, dataset), _columns(pair.super_, super_, dataset)
+    swift_columns, super_columns = (
+        label_columns(name, model, dataset.label_names, "the data")
+        for name, model in ((pair.swift, swift), (pair.super_, super_))
+    )
     encoded, answered = {}, {}
     for name, part, known in (
         ("calibration", dataset.calibration, pair.calibration_logits),
@@ -128,17 +126,6 @@ def _evaluate(dataset: Dataset, pair: Pair, progress: Progress) -> tuple[list[Ro
     timer = _reporter(progress, "wall-clock: all systems in alternation")
     rows = figures(swift, super_, encoded["test"], held, answered["test"], points, timer)
     return rows, calibration, f"{chosen}. {calibration.summary()}"
-
-
-def _columns(name: str, model: Any, dataset: Dataset) -> list[int]:
-    """Which of the model's outputs stands for each of the dataset's labels."""
-    wanted = [label.casefold() for label in dataset.label_names]
-    got = [str(model.config.id2label[i]).casefold() for i in range(model.config.num_labels)]
-    if sorted(got) == sorted(wanted):
-        return [got.index(label) for label in wanted]
-    if got == [f"label_{i}" for i in range(len(wanted))]:
-        return list(range(len(wanted)))
-    raise ValueError(f"{name}: got a model with the labels {', '.join(got)}, wanted {', '.join(wanted)} as in the data")
 
 
 def _shared_tokenizer(pair: Pair) -> Any:

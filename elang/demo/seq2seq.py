@@ -9,8 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from transformers.utils import logging as transformers_logging
+from rich.progress import Progress
 
 import elang
 from elang import backend
@@ -20,6 +19,7 @@ from elang.demo.measure_words import Sources
 from elang.demo.store import cache_folder
 from elang.demo.train_words import MAX_NEW_TOKENS, WordPair, load, train_word_pair
 from elang.demo.words import Dictionary, Words, pronunciations
+from elang.demo.workers import prepared
 from elang.energy_head import EnergyHead
 from elang.evaluation.predict import Encoded
 from elang.fingerprint import fingerprint
@@ -44,11 +44,7 @@ def run(out: Path, words: Dictionary | None = None, console: Console | None = No
         RuntimeError, ValueError: the dictionary could not be fetched, or is not the one expected.
     """
     console = console or Console()
-    torch.set_num_threads(1)
-    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    bar = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(SpinnerColumn(), *bar, console=console) as progress:
+    with prepared(console) as progress:
         task = progress.add_task("data", total=None)
         words = words or pronunciations(cache_folder())
         progress.update(task, total=1, completed=1)

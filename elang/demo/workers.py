@@ -9,8 +9,16 @@ from queue import Empty
 from typing import Any
 
 import torch
-from rich.progress import Progress
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from transformers.utils import logging as transformers_logging
+
+
+def prepared(console: Console) -> Progress:
+    """The bars of a demo. From here on torch has one thread, which every time is measured on, transformers no word."""
+    _one_quiet_thread()
+    bar = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(SpinnerColumn(), *bar, console=console)
 
 
 class Workers:
@@ -44,6 +52,10 @@ class Workers:
 def _start_worker(reports: Any) -> None:
     global _reports
     _reports = reports
+    _one_quiet_thread()
+
+
+def _one_quiet_thread() -> None:
     torch.set_num_threads(1)
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]

@@ -22,6 +22,23 @@ from elang.router import Router
 CLASSIFIER_SCORES = tuple(name for name in SCORES if name != "logit")
 
 
+def label_columns(name: str, model: Any, labels: Sequence[str], source: str) -> list[int]:
+    """For each of these labels, which of a sequence classifier's outputs stands for it.
+
+    Names match whatever their case and order. Default names (LABEL_0, ...) are taken in the order of `labels`.
+
+    Raises:
+        ValueError: the model's labels are others than those of `source`.
+    """
+    wanted = [label.casefold() for label in labels]
+    got = [str(model.config.id2label[i]).casefold() for i in range(model.config.num_labels)]
+    if sorted(got) == sorted(wanted):
+        return [got.index(label) for label in wanted]
+    if got == [f"label_{i}" for i in range(len(wanted))]:
+        return list(range(len(wanted)))
+    raise ValueError(f"{name}: got a model with the labels {', '.join(got)}, wanted {', '.join(wanted)} as in {source}")
+
+
 def longest_input(tokenizer: Any, config: Any) -> int | None:
     """The tokens that tokenizer and model say they take; None if neither does."""
     said = tokenizer.model_max_length, getattr(config, "max_position_embeddings", None)

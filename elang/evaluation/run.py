@@ -23,7 +23,14 @@ from elang.calibration.curve import every_threshold
 from elang.evaluation.evaluation import Evaluation, System, Timing
 from elang.evaluation.flops import row_flops
 from elang.evaluation.metrics import evaluate
-from elang.evaluation.predict import CLASSIFIER_SCORES, Encoded, longest_input, predict, predict_scored
+from elang.evaluation.predict import (
+    CLASSIFIER_SCORES,
+    Encoded,
+    label_columns,
+    longest_input,
+    predict,
+    predict_scored,
+)
 from elang.evaluation.published import PUBLISHED
 from elang.evaluation.rows import Rows
 from elang.evaluation.tasks import Task, get_task
@@ -90,22 +97,10 @@ def load_classifier(role: str, name: str) -> tuple[Any, Any]:
     return model.eval(), tokenizer
 
 
-def label_columns(role: str, model: Any, task: Task) -> list[int]:
-    """For each label of the task, which of the model's outputs stands for it.
-
-    Names match whatever their case and order. Default names (LABEL_0, ...) are taken in the task's order.
-
-    Raises:
-        ValueError: the labels are others, or the head is no classifier's.
-    """
+def columns_for(role: str, model: Any, task: Task) -> list[int]:
+    """`label_columns` of a task; refuses heads that are no classifier's."""
     contract.refuse_other_heads(model, role)
-    wanted = [label.casefold() for label in task.labels]
-    got = [str(model.config.id2label[i]).casefold() for i in range(model.config.num_labels)]
-    if sorted(got) == sorted(wanted):
-        return [got.index(label) for label in wanted]
-    if got == [f"label_{i}" for i in range(len(wanted))]:
-        return list(range(len(wanted)))
-    raise ValueError(f"{role}: got a model with the labels {', '.join(got)}, wanted {', '.join(wanted)} as {task.name}")
+    return label_columns(role, model, task.labels, task.name)
 
 
 def encode(role: str, model: Any, tokenizer: Any, rows: Rows) -> Encoded:
@@ -153,7 +148,7 @@ def answer_task(
     known = classification_task(task)
     checks.temperature(temperature)
     contract.check_eval(("swift", swift), ("super_", super_))
-    columns = label_columns("swift", swift, known), label_columns("super", super_, known)
+    columns = columns_for("swift", swift, known), columns_for("super", super_, known)
     texts = encode("swift", swift, tokenizers[0], rows), encode("super", super_, tokenizers[1], rows)
     served = backend.served("route_logits" if backbones.find(swift).head is None else "route", "cpu").backend
     sha256 = fingerprint(swift), fingerprint(super_)

@@ -214,8 +214,8 @@ def test_tasks_of_another_kind_are_refused(swift, super_, both, tmp_path, task):
 
 
 def test_default_labels_are_taken_in_the_tasks_order():
-    assert run.label_columns("swift", model("LABEL_0", "LABEL_1"), get_task("sst2")) == [0, 1]
-    assert run.label_columns("swift", model("Contradiction", "ENTAILMENT", "neutral"), get_task("mnli_matched")) == [
+    assert run.columns_for("swift", model("LABEL_0", "LABEL_1"), get_task("sst2")) == [0, 1]
+    assert run.columns_for("swift", model("Contradiction", "ENTAILMENT", "neutral"), get_task("mnli_matched")) == [
         1,
         2,
         0,
@@ -224,7 +224,9 @@ def test_default_labels_are_taken_in_the_tasks_order():
 
 @pytest.mark.parametrize("labels", [("bad", "good"), ("LABEL_0", "LABEL_1", "LABEL_2"), ("negative", "negative")])
 def test_labels_that_do_not_match_are_refused(super_, swift, both, tmp_path, labels):
-    with pytest.raises(ValueError, match=r"super: got a model with the labels .*, wanted negative, positive as sst2"):
+    with pytest.raises(
+        ValueError, match=r"super: got a model with the labels .*, wanted negative, positive as in sst2"
+    ):
         answer_task(swift, model(*labels), ROWS, both, tmp_path, task="sst2")
 
 
