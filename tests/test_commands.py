@@ -298,7 +298,7 @@ def test_what_cannot_be_done_is_one_line(elang, folder, tmp_path):
     assert "task: got stsb, which is regression" in one_line(elang("eval", "--sweep", task="stsb", data=data), 1)
     data = write(tmp_path / "boolq", RELEASED["boolq"][0])
     message = one_line(elang("eval", "--sweep", task="boolq", data=data), 1)
-    assert "swift: got a model with the labels positive, negative, wanted false, true as boolq" in message
+    assert "swift: got a model with the labels positive, negative, wanted false, true as in boolq" in message
     (tmp_path / "no model").mkdir()
     for path in (tmp_path / "no model", tmp_path / "nothing"):
         message = one_line(elang("eval", "--sweep", super_=path), 1)
