@@ -25,8 +25,8 @@ from elang.router import Router
 from elang.seq2seq import JointSeq2Seq
 
 SWIFT, SUPER = "Swift", "Super"
-TIMED_ROWS = {1: 64, 256: 1536}  # by batch size: one word at a time, and many at leisure
-COST_BATCHES = 6
+TIMED_ROWS = {1: 48, 256: 1024}  # by batch size: one word at a time, and many at leisure
+COST_BATCHES = 4
 
 Bools = NDArray[np.bool_]
 
