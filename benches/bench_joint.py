@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from statistics import median
 from typing import Any
@@ -91,7 +91,13 @@ def threshold_for(joint: JointClassifier, split: list[Batch], share_routed: floa
 
 
 def measured(
-    joints: dict[str, Model], swift: Model, super_: Model, others: dict[str, Model], split: list[Batch], rounds: int
+    joints: dict[str, Model],
+    swift: Model,
+    super_: Model,
+    others: dict[str, Model],
+    split: list[Batch],
+    rounds: int,
+    aside: Collection[str] = (),
 ) -> dict[str, Any]:
     """Seconds over all batches of each model, of Super on everything ("super"), just the routed rows ("super_routed")
     and these with the padding of a bucket ("super_bucket"); p50 and p99 of a joint model's calls; which were routed.
@@ -109,8 +115,9 @@ def measured(
         if size > len(routed):
             padded = torch.cat([routed, routed[-1:].expand(size - len(routed))])
             runs["super_bucket"] = partial(super_, **routed_inputs(b, padded))
-        # What runs Super whatever is routed has a turn of its own: it leaves the others a cold cache.
-        whole = {"super": partial(super_, **b)} | {name: runs.pop(name) for name in list(runs) if name == "capacity"}
+        # What has no bar, or runs Super whatever is routed, has a turn of its own: it leaves the others a cold cache.
+        apart = [name for name in runs if name in aside]
+        whole = {"super": partial(super_, **b), **{name: runs.pop(name) for name in apart}}
         seconds = {**alternate(runs, rounds), **alternate(whole, ROUNDS_WITH_SUPER)}
         if size == len(routed) > 0:
             seconds["super_bucket"] = seconds["super_routed"]
@@ -180,7 +187,7 @@ def test_modes(benchmark, record, pair, run, batch):
     for share in (0.0, 0.1, 0.32, 0.5, 1.0):
         threshold_for(plain["exact"], split, share)
         padding = {mode: padding_of(joint, split) for mode, joint in plain.items()}
-        found = measured(joints, swift, super_, others, split, ROUNDS_OF_MODES)
+        found = measured(joints, swift, super_, others, split, ROUNDS_OF_MODES, ("capacity", *others))
         seconds, routed = found["seconds"], found["routed"]
         for mode in joints:
             cell = {"run": run, "batch": batch, "rows": len(own_length), "mode": mode}
