@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import elang
 from elang.calibration import GateCalibration
 from elang.cli import app
-from elang.demo import train_words
+from elang.demo import measure_words, train_words
 from elang.demo.seq2seq import run
 from elang.demo.words import Words, split, tokenizer_for
 from elang.energy_head import EnergyHead
@@ -101,6 +101,13 @@ def test_the_whole_demo_on_a_made_up_language(tmp_path, monkeypatch):
     monkeypatch.setattr(train_words, "SUPER", super_)
     monkeypatch.setattr("elang.demo.measure_words.TIMED_ROWS", {1: 4, 16: 40})
     monkeypatch.setattr("elang.calibration.compare.RESAMPLES", 20)
+    measured = measure_words.costs
+
+    def of_a_slow_super(*arguments):  # models this small take as long as one another
+        costs = measured(*arguments)
+        return costs.model_copy(update={"super": {rows: 3 * seconds for rows, seconds in costs.super.items()}})
+
+    monkeypatch.setattr(measure_words, "costs", of_a_slow_super)
     words = split(made_up(3000), parts={"test": 100, "calibration": 150, "head": 200})
     console = Console(width=120, record=True, file=open(tmp_path / "log", "w"))  # noqa: SIM115
     out = tmp_path / "out"
