@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from elang import commands
+from elang.commands import evaluate
+from elang.commands.options import one_line
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Energy-routed inference: Swift first, Super if need be."
@@ -16,8 +17,8 @@ app = typer.Typer(
 
 demos = typer.Typer(add_completion=False)
 app.add_typer(demos, name="demo")
-app.command("eval")(commands.eval_)
-app.command()(commands.calibrate)
+app.command("eval")(evaluate.eval_)
+app.command()(evaluate.calibrate)
 
 
 @demos.callback(invoke_without_command=True)
@@ -54,7 +55,7 @@ def demo(
         return
     from elang.demo import run
 
-    with commands.one_line("elang demo"):
+    with one_line("elang demo"):
         run(out, csv=csv, swift=swift, super_=super_)
 
 
@@ -74,7 +75,7 @@ def seq2seq(
     """
     from elang.demo.seq2seq import run
 
-    with commands.one_line("elang demo seq2seq"):
+    with one_line("elang demo seq2seq"):
         run(out or context.obj / "seq2seq")
 
 

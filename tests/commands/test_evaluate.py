@@ -14,9 +14,9 @@ from evaluation.released import RELEASED, write
 from transformers import AutoModelForSequenceClassification, BertForSequenceClassification, BertModel
 from typer.testing import CliRunner
 
-from elang import commands
 from elang.calibration import Calibration, calibrate
 from elang.cli import app
+from elang.commands import evaluate
 from elang.evaluation import run
 from elang.evaluation.evaluation import Evaluation, Timing
 from elang.evaluation.rows import load_task
@@ -166,9 +166,9 @@ def test_the_joint_models_that_are_timed_decide_as_the_table_says(elang, answers
 def test_default_labels_are_joined_in_the_task_s_order(folder, answers):
     (swift, of_swift), (super_, of_super) = (load_classifier(n, str(folder / n)) for n in ("swift", "super"))
     swift.config.id2label = {0: "LABEL_0", 1: "LABEL_1"}
-    pair = commands._Pair(swift, super_, (of_swift, of_super))
+    pair = evaluate._Pair(swift, super_, (of_swift, of_super))
     task = answers.task
-    joint = commands._joined(pair, answers, "energy", float("-inf"))
+    joint = evaluate._joined(pair, answers, "energy", float("-inf"))
     row = run.encode("swift", swift, of_swift, answers.rows).batch([3])
     labels = run.columns_for("swift", swift, task).index(int(swift(**row).logits.argmax()))
     assert run.columns_for("super", super_, task).index(int(joint(**row).logits.argmax())) == labels

@@ -2,68 +2,32 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
+from elang.commands.options import (
+    AsJson,
+    BatchSize,
+    DataDir,
+    Limit,
+    Out,
+    Super,
+    Swift,
+    Task,
+    alpha_delta,
+    number,
+    one_line,
+    positive,
+    probability,
+    share,
+)
+
 if TYPE_CHECKING:
     from elang.calibration import Calibration
     from elang.evaluation.run import Answers
     from elang.joint import JointClassifier
-
-INFEASIBLE = 3  # the exit code
-
-
-def _number(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if math.isnan(value):
-        raise typer.BadParameter(f"got {text!r}, wanted a number, inf or -inf")
-    return value
-
-
-def _positive(text: str) -> float:
-    if not 0 < (value := _number(text)) < math.inf:
-        raise typer.BadParameter(f"got {text}, wanted a finite number > 0")
-    return value
-
-
-def _share(text: str) -> float:
-    if not 0 <= (value := _number(text)) <= 1:
-        raise typer.BadParameter(f"got {text}, wanted a share in [0, 1]")
-    return value
-
-
-def _probability(text: str) -> float:
-    if not 0 < (value := _number(text)) < 1:
-        raise typer.BadParameter(f"got {text}, wanted a number in (0, 1)")
-    return value
-
-
-def _alpha_delta(text: str) -> Any:  # a pair; typer would take the annotation of one for two values
-    parts = text.split(",")
-    if len(parts) != 2:
-        raise typer.BadParameter(f"got {text!r}, wanted ALPHA,DELTA such as 0.02,0.05")
-    return tuple(map(_probability, parts))
-
-
-Task = Annotated[str, typer.Option(help="A classification task of GLUE or SuperGLUE, such as sst2 or mnli_matched.")]
-Swift = Annotated[str, typer.Option(help="Folder or hub id of the small fine-tuned classifier.")]
-Super = Annotated[str, typer.Option("--super", help="Folder or hub id of the large one.")]
-DataDir = Annotated[
-    Path | None,
-    typer.Option(exists=True, file_okay=False, help="Folder of the original files; without it, rows by `datasets`."),
-]
-Limit = Annotated[int | None, typer.Option(min=1, help="Only so many rows, from the start.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Rows that a model answers at once.")]
-Out = Annotated[Path, typer.Option(file_okay=False, help="Folder where answers are kept, for any later run.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 
 
 def eval_(
@@ -74,10 +38,10 @@ def eval_(
     split: Annotated[str, typer.Option(help="train or validation.")] = "validation",
     score: Annotated[str | None, typer.Option(help="What is compared with the threshold; energy by default.")] = None,
     temperature: Annotated[
-        float | None, typer.Option(parser=_positive, metavar="T", help="Of the score; 1 by default.")
+        float | None, typer.Option(parser=positive, metavar="T", help="Of the score; 1 by default.")
     ] = None,
     threshold: Annotated[
-        float | None, typer.Option(parser=_number, metavar="NUMBER", help="Swift keeps a row scored at least this.")
+        float | None, typer.Option(parser=number, metavar="NUMBER", help="Swift keeps a row scored at least this.")
     ] = None,
     calibration: Annotated[
         Path | None,
@@ -149,16 +113,16 @@ def calibrate(
         str, typer.Option(help="What is compared with the threshold; auto picks it on one half of the rows.")
     ] = "auto",
     swift_share: Annotated[
-        float | None, typer.Option(parser=_share, metavar="SHARE", help="Keep this share of the rows with Swift.")
+        float | None, typer.Option(parser=share, metavar="SHARE", help="Keep this share of the rows with Swift.")
     ] = None,
     max_drop: Annotated[
         float | None,
-        typer.Option(parser=_probability, metavar="DROP", help="Lose at most this accuracy to Super, proven at 95 %."),
+        typer.Option(parser=probability, metavar="DROP", help="Lose at most this accuracy to Super, proven at 95 %."),
     ] = None,
     agree: Annotated[
         Any,
         typer.Option(
-            parser=_alpha_delta,
+            parser=alpha_delta,
             metavar="ALPHA,DELTA",
             help="At most this share of all rows is kept and answered otherwise than by Super, except with "
             "probability DELTA.",
@@ -167,7 +131,7 @@ def calibrate(
     selective_error: Annotated[
         Any,
         typer.Option(
-            parser=_alpha_delta,
+            parser=alpha_delta,
             metavar="ALPHA,DELTA",
             help="At most this share of the kept rows is wrong, except with probability DELTA.",
         ),
@@ -280,17 +244,3 @@ def _check_usage(task: str, split: str, score: str | None) -> None:
     ):
         if got not in wanted:
             raise typer.BadParameter(f"{option}: got {got!r}, wanted one of {', '.join(wanted)}")
-
-
-@contextmanager
-def one_line(command: str) -> Iterator[None]:
-    """What goes wrong, on one line and without a traceback."""
-    from safetensors import SafetensorError
-
-    from elang.calibration import InfeasibleTarget
-
-    try:
-        yield
-    except (ValueError, OSError, RuntimeError, ImportError, SafetensorError) as error:
-        typer.echo(f"{command}: {' '.join(str(error).split())}", err=True)
-        raise typer.Exit(INFEASIBLE if isinstance(error, InfeasibleTarget) else 1) from error

@@ -1,0 +1,1 @@
+"""The commands of `elang`: what a person starts."""

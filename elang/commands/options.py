@@ -1,0 +1,75 @@
+"""What the commands have in common: options, how values are read, what is said where something goes wrong."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+INFEASIBLE = 3  # the exit code
+
+
+def number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if math.isnan(value):
+        raise typer.BadParameter(f"got {text!r}, wanted a number, inf or -inf")
+    return value
+
+
+def positive(text: str) -> float:
+    if not 0 < (value := number(text)) < math.inf:
+        raise typer.BadParameter(f"got {text}, wanted a finite number > 0")
+    return value
+
+
+def share(text: str) -> float:
+    if not 0 <= (value := number(text)) <= 1:
+        raise typer.BadParameter(f"got {text}, wanted a share in [0, 1]")
+    return value
+
+
+def probability(text: str) -> float:
+    if not 0 < (value := number(text)) < 1:
+        raise typer.BadParameter(f"got {text}, wanted a number in (0, 1)")
+    return value
+
+
+def alpha_delta(text: str) -> Any:  # a pair; typer would take the annotation of one for two values
+    parts = text.split(",")
+    if len(parts) != 2:
+        raise typer.BadParameter(f"got {text!r}, wanted ALPHA,DELTA such as 0.02,0.05")
+    return tuple(map(probability, parts))
+
+
+Task = Annotated[str, typer.Option(help="A classification task of GLUE or SuperGLUE, such as sst2 or mnli_matched.")]
+Swift = Annotated[str, typer.Option(help="Folder or hub id of the small fine-tuned classifier.")]
+Super = Annotated[str, typer.Option("--super", help="Folder or hub id of the large one.")]
+DataDir = Annotated[
+    Path | None,
+    typer.Option(exists=True, file_okay=False, help="Folder of the original files; without it, rows by `datasets`."),
+]
+Limit = Annotated[int | None, typer.Option(min=1, help="Only so many rows, from the start.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Rows that a model answers at once.")]
+Out = Annotated[Path, typer.Option(file_okay=False, help="Folder where answers are kept, for any later run.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+
+
+@contextmanager
+def one_line(command: str) -> Iterator[None]:
+    """What goes wrong, on one line and without a traceback."""
+    from safetensors import SafetensorError
+
+    from elang.calibration import InfeasibleTarget
+
+    try:
+        yield
+    except (ValueError, OSError, RuntimeError, ImportError, SafetensorError) as error:
+        typer.echo(f"{command}: {' '.join(str(error).split())}", err=True)
+        raise typer.Exit(INFEASIBLE if isinstance(error, InfeasibleTarget) else 1) from error
