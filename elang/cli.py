@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from elang.commands import evaluate
+from elang.commands import evaluate, fit_head
 from elang.commands.options import one_line
 
 app = typer.Typer(
@@ -19,6 +19,7 @@ demos = typer.Typer(add_completion=False)
 app.add_typer(demos, name="demo")
 app.command("eval")(evaluate.eval_)
 app.command()(evaluate.calibrate)
+app.command("fit-head")(fit_head.fit_head)
 
 
 @demos.callback(invoke_without_command=True)

@@ -44,6 +44,7 @@ class Provenance(Record):
     super: str | None = None
     swift_sha256: str | None = None  # of its weights: `elang.fingerprint`
     super_sha256: str | None = None
+    head_sha256: str | None = None  # of the energy head, where Swift has one
     data: str | None = None  # name or description of the rows
     data_sha256: str | None = None
     dtype: str | None = None  # in which the scores were computed
@@ -60,7 +61,7 @@ class Artefact(Record):
         # A raw newline never occurs inside a JSON string, so this folds arrays of plain values and nothing else.
         text = re.sub(
             r"\[\n([^\[\]{}]*)\n\s*\]",
-            lambda array: f"[{' '.join(array[1].split())}]",
+            lambda array: f"[{' '.join(line.strip() for line in array[1].split(chr(10)))}]",
             self.model_dump_json(indent=2),
         )
         Path(path).write_text(text + "\n", encoding="utf-8")

@@ -95,6 +95,7 @@ class Calibration(Artefact):
     swift_accuracy: float
     super_accuracy: float
     oracle_accuracy: float  # from routing exactly the rows that Swift has wrong: the ceiling of every score
+    costs: BatchCosts | None = None  # that `max_cost` was asked by
     provenance: Provenance
     curves: dict[str, Curve]
 
@@ -293,6 +294,7 @@ def calibrate(
         swift_accuracy=swift_accuracy,
         super_accuracy=super_accuracy,
         oracle_accuracy=float((swift | super_).mean()),
+        costs=costs,
         provenance=source,
         curves=curves,
     )

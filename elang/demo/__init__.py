@@ -13,7 +13,7 @@ import elang
 from elang import backend
 from elang.calibration import Calibration, InfeasibleTarget, calibrate
 from elang.demo import report
-from elang.demo.data import Dataset, movie_reviews, read_csv
+from elang.demo.data import Dataset, movie_reviews, read_csv, save_csv
 from elang.demo.measure import Answered, Point, Row, figures
 from elang.demo.store import cache_folder
 from elang.demo.train import MAX_LENGTH, Pair, train_pair
@@ -33,7 +33,7 @@ def run(
     super_: str | None = None,
     console: Console | None = None,
 ) -> list[Row]:
-    """The whole demo; prints the table and writes `calibration.json` and `curve.png` into `out`.
+    """The whole demo; prints the table and writes `calibration.json`, `curve.png` and the held-out rows into `out`.
 
     Sets torch to one thread, which every time is measured on.
 
@@ -63,11 +63,13 @@ def run(
     file, figure = (out / "calibration.json").resolve(), (out / "curve.png").resolve()
     calibration.save(file)
     calibration.plot(figure)
+    for name, part in (("calibration", dataset.calibration), ("test", dataset.test)):
+        save_csv(out / f"{name}.csv", part, dataset.label_names)
     n_test = len(dataset.test.texts)
     title = f"{dataset.name}: {len(dataset.calibration.texts)} calibration and {n_test} test rows"
     console.print(report.table(rows, title))
     console.print(f"\n[bold]What does this mean?[/bold]\n{report.meaning(rows, calibration, n_test)}\n{chosen}")
-    console.print(f"\n[bold]What next?[/bold]\nWritten: {file} and {figure}\n")
+    console.print(f"\n[bold]What next?[/bold]\nWritten: {file}, {figure}, calibration.csv and test.csv\n")
     console.print(report.next_steps(pair.swift, pair.super_, file), markup=False, highlight=False, soft_wrap=True)
     return rows
 

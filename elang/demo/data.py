@@ -113,6 +113,14 @@ def read_csv(path: Path) -> Dataset:
     return split(path.name, names, Rows([text for _, text, _ in rows], targets))
 
 
+def save_csv(path: Path, rows: Rows, label_names: Sequence[str]) -> None:
+    """Write what `read_csv` reads."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("text", "label"))
+        writer.writerows((text, label_names[label]) for text, label in zip(rows.texts, rows.labels, strict=True))
+
+
 def split(
     name: str,
     label_names: Sequence[str],

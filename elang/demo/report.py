@@ -84,6 +84,10 @@ joint = JointClassifier(
     {str(calibration_file)!r},
 )  # joint(**tokenizer(texts, padding=True, return_tensors="pt")).logits
 
+The same from the command line, on the test rows, with a page to look at:
+elang eval --csv {calibration_file.parent / "test.csv"} --swift {swift} --super {super_} --calibration {calibration_file} \
+  --out {calibration_file.parent} && elang report {calibration_file.parent} -o report.html
+
 Your own text: elang demo --csv FILE (columns text and label). Your own pair: elang demo --swift ... --super ...
 """
 

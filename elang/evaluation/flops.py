@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 
-def row_flops(model: PreTrainedModel, lengths: ArrayLike) -> NDArray[np.int64]:
+def row_flops(model: PreTrainedModel, lengths: ArrayLike, *, choices: bool = False) -> NDArray[np.int64]:
     """FLOPs of `model` on each row alone, without padding. A multiply-add is two; only matrix products count.
 
     Runs a copy of the model once per distinct length, with `attn_implementation="eager"`: the counter has no formula
@@ -21,6 +21,7 @@ def row_flops(model: PreTrainedModel, lengths: ArrayLike) -> NDArray[np.int64]:
     Args:
         model: a Hugging Face model that takes `input_ids`; left as it is.
         lengths: [N] integers >= 1, tokens of each row.
+        choices: the model is one for multiple choice, of which each row is one choice.
 
     Returns:
         [N] int64.
@@ -34,12 +35,14 @@ def row_flops(model: PreTrainedModel, lengths: ArrayLike) -> NDArray[np.int64]:
     eager = deepcopy(model)
     eager.set_attn_implementation("eager")
     distinct, row = np.unique(tokens, return_inverse=True)
-    return np.array([_count(eager, int(length)) for length in distinct], dtype=np.int64)[row]
+    return np.array(
+        [_count(eager, (1, 1, int(length)) if choices else (1, int(length))) for length in distinct], dtype=np.int64
+    )[row]
 
 
-def _count(model: PreTrainedModel, length: int) -> int:
+def _count(model: PreTrainedModel, shape: tuple[int, ...]) -> int:
     with FlopCounterMode(display=False) as counter:
-        model(input_ids=torch.zeros(1, length, dtype=torch.long, device=model.device))
+        model(input_ids=torch.zeros(shape, dtype=torch.long, device=model.device))
     return int(counter.get_total_flops())
 
 

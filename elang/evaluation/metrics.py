@@ -17,7 +17,9 @@ from elang.evaluation.rows import Rows
 from elang.evaluation.tasks import Kind, Task, get_task
 
 Predictions = Sequence[Any] | NDArray[Any]
-Metric = Callable[[Any, Rows], float]  # of predictions, read as `METRICS` says
+# Predictions as metrics read them: labels [N] int64 (-1: none), similarities [N] float64, or texts [N] (objects).
+Values = NDArray[Any]
+Metric = Callable[[Any, Rows], float]  # of values
 
 
 def evaluate(task: str | Task, predictions: Predictions, rows: Rows) -> dict[str, float]:
@@ -45,13 +47,29 @@ def evaluate(task: str | Task, predictions: Predictions, rows: Rows) -> dict[str
         ImportError: the extra `eval` is not installed.
     """
     task = get_task(task) if isinstance(task, str) else task
+    return judge(task, read_predictions(task, predictions, rows), rows)
+
+
+def read_predictions(task: Task, predictions: Predictions, rows: Rows) -> Values:
+    """What `evaluate` takes, as its metrics read it; refuses what `evaluate` does."""
     if not len(rows):
         raise ValueError("rows: got none, wanted at least one")
     if len(predictions) != len(rows):
         raise ValueError(f"predictions: got {len(predictions)}, wanted {len(rows)}, one for each row")
-    read, metrics = METRICS[task.kind]
-    values = read(task, predictions, rows)
-    return {name: metrics[name](values, rows) for name in task.metrics}
+    return METRICS[task.kind][0](task, predictions, rows)
+
+
+def judge(task: Task, values: Values, rows: Rows) -> dict[str, float]:
+    """`evaluate`, of predictions that are read."""
+    return {name: METRICS[task.kind][1][name](values, rows) for name in task.metrics}
+
+
+def right(task: Task, values: Values, rows: Rows) -> NDArray[np.bool_] | None:
+    """Whether each answer is right, [N]; None where the task judges no row by itself: translations, similarities."""
+    if task.kind == "span":
+        pairs = zip(values, _references(rows), strict=True)
+        return np.array([normalised(text) in map(normalised, answers) for text, answers in pairs])
+    return None if task.kind in ("regression", "generation") else values == np.asarray(rows.targets)
 
 
 class Bleu(NamedTuple):
@@ -120,10 +138,10 @@ def _number(text: str) -> float:
     return value if math.isfinite(value) else -1.0
 
 
-def _texts(task: Task, predictions: Predictions, rows: Rows) -> list[str]:
+def _texts(task: Task, predictions: Predictions, rows: Rows) -> Values:
     if not _are_texts(predictions):
         raise TypeError(f"predictions: got {predictions[0]!r}, wanted texts")
-    return list(predictions)
+    return np.array(predictions, dtype=object)
 
 
 def _sklearn(name: str, **options: Any) -> Metric:
@@ -161,7 +179,7 @@ def _correlation(name: str) -> Metric:
 def _best(compare: Callable[[str, str], float]) -> Metric:
     """The mean over rows of the comparison with whichever right answer is closest."""
 
-    def metric(texts: list[str], rows: Rows) -> float:
+    def metric(texts: Values, rows: Rows) -> float:
         pairs = zip(texts, _references(rows), strict=True)
         return 100 * float(np.mean([max(compare(text, answer) for answer in answers) for text, answers in pairs]))
 
@@ -186,7 +204,7 @@ _LABEL_METRICS = {
 }
 
 # For each kind of task: how predictions are read, and every metric by name.
-METRICS: Mapping[Kind, tuple[Callable[[Task, Predictions, Rows], Any], Mapping[str, Metric]]] = {
+METRICS: Mapping[Kind, tuple[Callable[[Task, Predictions, Rows], Values], Mapping[str, Metric]]] = {
     "classification": (_labels, _LABEL_METRICS),
     "multiple_choice": (_labels, _LABEL_METRICS),
     "regression": (_scores, {"pearson": _correlation("pearsonr"), "spearman": _correlation("spearmanr")}),

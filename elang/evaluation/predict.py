@@ -46,6 +46,11 @@ def longest_input(tokenizer: Any, config: Any) -> int | None:
     return min(known, default=None)
 
 
+def scored_name(name: str, temperature: float, temperatures: Sequence[float]) -> str:
+    """A score at the first of these temperatures is named plainly, at another "NAME@T", as `calibrate` takes them."""
+    return name if temperature == temperatures[0] else f"{name}@{temperature:g}"
+
+
 class Encoded:
     """N tokenised texts, or pairs of them, cut at `max_length` tokens if it is given, and the batches made of them."""
 
@@ -74,10 +79,10 @@ class Encoded:
         """Of all that a model is given: tokens, and where the tokenizer makes them the mask and the segments."""
         return hashlib.sha256(json.dumps(self._columns, sort_keys=True).encode()).hexdigest()
 
-    def batch(self, rows: Sequence[int] | NDArray[np.int64]) -> dict[str, Tensor]:
+    def batch(self, rows: Sequence[int] | NDArray[np.int64], device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """The models' inputs for these rows, padded to the longest of them."""
         columns = {name: [values[i] for i in rows] for name, values in self._columns.items()}
-        return dict(self._tokenizer.pad(columns, return_tensors="pt"))
+        return dict(self._tokenizer.pad(columns, return_tensors="pt").to(device))
 
     def by_length(self, batch_size: int, noise: ArrayLike = 0.0) -> Iterator[NDArray[np.int64]]:
         """All rows, each once, in batches of similar length; `noise` (tokens, one number or [N]) loosens that."""
@@ -86,12 +91,19 @@ class Encoded:
 
 
 @torch.inference_mode()
-def predict(model: Any, texts: Encoded, *, batch_size: int = 32, report: Report = silent) -> NDArray[np.float32]:
-    """Logits [N, C] of a model on the CPU, in the order of `texts`."""
+def predict(
+    model: Any,
+    texts: Encoded,
+    *,
+    batch_size: int = 32,
+    device: torch.device | str = "cpu",
+    report: Report = silent,
+) -> NDArray[np.float32]:
+    """Logits [N, C] of a model on that device, in the order of `texts`."""
     rows = list(texts.by_length(batch_size))
     logits = []
     for batch in rows:
-        logits.append(backbones.logits_of(model(**texts.batch(batch))).float().numpy())
+        logits.append(backbones.logits_of(model(**texts.batch(batch, device))).float().cpu().numpy())
         report(sum(map(len, logits)), len(texts))
     return _in_order(rows, logits)
 
@@ -102,23 +114,31 @@ def predict_scored(
     texts: Encoded,
     *,
     scores: Sequence[str] = CLASSIFIER_SCORES,
-    temperature: float = 1.0,
+    temperatures: Sequence[float] = (1.0,),
     batch_size: int = 32,
+    device: torch.device | str = "cpu",
     report: Report = silent,
 ) -> tuple[NDArray[np.float32], dict[str, NDArray[np.float32]]]:
-    """Swift's logits [N, C] and each score [N], from the very op that a `JointClassifier` decides by."""
+    """Swift's logits [N, C] and each score [N], from the very op that a `JointClassifier` decides by.
+
+    Scores at the first temperature go by their names, those at another by `scored_name`.
+    """
     backbone = backbones.find(swift)
     head = backbone.head
-    routers = {name: Router(name, threshold=-math.inf, temperature=temperature) for name in scores}
+    routers = {
+        scored_name(name, t, temperatures): Router(name, threshold=-math.inf, temperature=t).to(device)
+        for t in temperatures
+        for name in scores
+    }
     rows = list(texts.by_length(batch_size))
     logits: list[NDArray[np.float32]] = []
-    values: dict[str, list[NDArray[np.float32]]] = {name: [] for name in scores}
+    values: dict[str, list[NDArray[np.float32]]] = {name: [] for name in routers}
     for batch in rows:
-        hidden = backbones.logits_of(backbone.run(**texts.batch(batch)))
+        hidden = backbones.logits_of(backbone.run(**texts.batch(batch, device)))
         for name, router in routers.items():
             route = router.from_logits(hidden) if head is None else router(hidden, head.weight, head.bias)
-            values[name].append(route.score.numpy())
-        logits.append(route.logits.float().numpy())
+            values[name].append(route.score.cpu().numpy())
+        logits.append(route.logits.float().cpu().numpy())
         report(sum(map(len, logits)), len(texts))
     return _in_order(rows, logits), {name: _in_order(rows, parts) for name, parts in values.items()}
 

@@ -48,13 +48,15 @@ def load_task(name: str, split: str = "validation", data_dir: str | Path | None 
         OSError: `datasets` has the rows neither in its cache nor from the Hub.
     """
     task = get_task(name)
-    if split not in task.splits:
-        raise ValueError(f"split: got {split!r}, wanted one of {', '.join(task.splits)} for {name}")
-    hub_split, files = task.splits[split]
+    release = task.release
+    assert release is not None, "every entry of TASKS has one"
+    if split not in release.splits:
+        raise ValueError(f"split: got {split!r}, wanted one of {', '.join(release.splits)} for {name}")
+    hub_split, files = release.splits[split]
     if data_dir is None:
-        return _rows(task, " ".join([*task.hub, hub_split]), from_hub(*task.hub, hub_split), task.labels)
+        return _rows(task, " ".join([*release.hub, hub_split]), from_hub(*release.hub, hub_split), task.labels)
     paths = _find(files, Path(data_dir))
-    return _rows(task, str(paths[0]), task.read(*paths), task.written or task.labels)
+    return _rows(task, str(paths[0]), release.read(*paths), task.written or task.labels)
 
 
 class _Row(NamedTuple):

@@ -30,15 +30,22 @@ Files = tuple[tuple[str, ...], ...]  # alternatives: the files that are read tog
 
 
 @dataclass(frozen=True)
+class Release:
+    """Where the rows of a task are."""
+
+    hub: tuple[str, str]  # repository and configuration of `datasets`
+    splits: Mapping[str, tuple[str, Files]]  # what `datasets` calls each, and the original files
+    read: Reader  # of the original files
+
+
+@dataclass(frozen=True)
 class Task:
-    """What is asked, how it is put to a model, how the answers are judged, and where the rows are."""
+    """What is asked, how it is put to a model and how the answers are judged."""
 
     name: str
     texts: tuple[str, ...]  # one or two, for an encoder
     source_text: str  # for a text-to-text model
-    hub: tuple[str, str]  # repository and configuration of `datasets`
-    splits: Mapping[str, tuple[str, Files]]  # what `datasets` calls each, and the original files
-    read: Reader  # of the original files
+    release: Release | None = None  # None: the rows are the user's own
     kind: Kind = "classification"
     metrics: tuple[str, ...] = ("accuracy",)  # the official ones: names in `elang.evaluation.metrics.METRICS[kind]`
     labels: tuple[str, ...] = ()  # in the official order
@@ -85,12 +92,14 @@ def _glue(
         config + half,
         texts=tuple(f"{{{field}}}" for field in columns),
         source_text=f"{config} {_fields(*sorted(columns))}",
-        hub=("nyu-mll/glue", config),
-        splits={
-            "train": ("train", ((f"{folder}/train.tsv",),)),
-            "validation": (f"validation{half}", ((f"{folder}/dev{half}.tsv",),)),
-        },
-        read=tsv(**columns, label=label, header=header, torn_lines=torn_lines),
+        release=Release(
+            ("nyu-mll/glue", config),
+            {
+                "train": ("train", ((f"{folder}/train.tsv",),)),
+                "validation": (f"validation{half}", ((f"{folder}/dev{half}.tsv",),)),
+            },
+            tsv(**columns, label=label, header=header, torn_lines=torn_lines),
+        ),
         labels=labels,
         written=written,
         kind=kind,
@@ -98,11 +107,12 @@ def _glue(
     )
 
 
-def _jsonl(folder: str) -> dict[str, tuple[str, Files]]:
-    return {
+def _superglue(config: str, folder: str, read: Reader | None = None) -> Release:
+    splits = {
         "train": ("train", ((f"{folder}/train.jsonl",),)),
         "validation": ("validation", ((f"{folder}/val.jsonl",),)),
     }
+    return Release(("aps/super_glue", config), splits, read or jsonl())
 
 
 def _wmt(to: str, name: str, hub: tuple[str, str], validation: tuple[str, str], test: tuple[str, str]) -> Task:
@@ -115,9 +125,11 @@ def _wmt(to: str, name: str, hub: tuple[str, str], validation: tuple[str, str], 
         f"wmt_en_{to}",
         texts=("{translation[en]}",),
         source_text=f"translate English to {name}: {{translation[en]}}",
-        hub=hub,
-        splits={"validation": ("validation", files(*validation)), "test": ("test", files(*test))},
-        read=parallel("en", to),
+        release=Release(
+            hub,
+            {"validation": ("validation", files(*validation)), "test": ("test", files(*test))},
+            parallel("en", to),
+        ),
         kind="generation",
         metrics=("bleu", "bleu_intl"),
         prepare=lambda record: {**record, "references": (record["translation"][to],)},
@@ -172,9 +184,7 @@ _TASKS = (
         "boolq",
         texts=("{question}", "{passage}"),
         source_text=f"boolq {_fields('passage', 'question')}",
-        hub=("aps/super_glue", "boolq"),
-        splits=_jsonl("BoolQ"),
-        read=jsonl(),
+        release=_superglue("boolq", "BoolQ"),
         labels=_FALSE_TRUE,
         written=(False, True),
     ),
@@ -182,9 +192,7 @@ _TASKS = (
         "cb",
         texts=("{premise}", "{hypothesis}"),
         source_text=f"cb {_fields('hypothesis', 'premise')}",
-        hub=("aps/super_glue", "cb"),
-        splits=_jsonl("CB"),
-        read=jsonl(),
+        release=_superglue("cb", "CB"),
         labels=("entailment", "contradiction", "neutral"),
         metrics=("f1_macro", "accuracy"),
     ),
@@ -192,9 +200,7 @@ _TASKS = (
         "copa",
         texts=("{premise} {asked}",),
         source_text=f"copa {_fields('choice1', 'choice2', 'premise', 'question')}",
-        hub=("aps/super_glue", "copa"),
-        splits=_jsonl("COPA"),
-        read=jsonl(),
+        release=_superglue("copa", "COPA"),
         kind="multiple_choice",
         labels=("choice1", "choice2"),
         written=(0, 1),
@@ -205,9 +211,7 @@ _TASKS = (
         "multirc",
         texts=("{paragraph}", "{question} {answer}"),
         source_text=f"multirc {_fields('question', 'answer', 'paragraph')}",
-        hub=("aps/super_glue", "multirc"),
-        splits=_jsonl("MultiRC"),
-        read=jsonl(flat_multirc),
+        release=_superglue("multirc", "MultiRC", jsonl(flat_multirc)),
         labels=_FALSE_TRUE,
         written=(0, 1),
         metrics=("f1_a", "exact_match"),
@@ -217,9 +221,7 @@ _TASKS = (
         "record",
         texts=("{passage}", "{query}"),
         source_text=f"record {_fields('query', 'entities', 'passage')}",
-        hub=("aps/super_glue", "record"),
-        splits=_jsonl("ReCoRD"),
-        read=jsonl(flat_record),
+        release=_superglue("record", "ReCoRD", jsonl(flat_record)),
         kind="span",
         metrics=("f1", "exact_match"),
         prepare=prepare_record,
@@ -228,18 +230,14 @@ _TASKS = (
         "superglue_rte",
         texts=("{premise}", "{hypothesis}"),
         source_text=f"rte {_fields('hypothesis', 'premise')}",
-        hub=("aps/super_glue", "rte"),
-        splits=_jsonl("RTE"),
-        read=jsonl(),
+        release=_superglue("rte", "RTE"),
         labels=_ENTAILMENT,
     ),
     Task(
         "wic",
         texts=("{word}: {sentence1}", "{sentence2}"),
         source_text=f"wic {_fields('sentence1', 'sentence2', 'word')}",
-        hub=("aps/super_glue", "wic"),
-        splits=_jsonl("WiC"),
-        read=jsonl(),
+        release=_superglue("wic", "WiC"),
         labels=_FALSE_TRUE,
         written=(False, True),
     ),
@@ -247,9 +245,7 @@ _TASKS = (
         "wsc",
         texts=("{text}", "{span1_text}"),
         source_text="wsc: {text}",
-        hub=("aps/super_glue", "wsc.fixed"),
-        splits=_jsonl("WSC"),
-        read=jsonl(flat_wsc),
+        release=_superglue("wsc.fixed", "WSC", jsonl(flat_wsc)),
         labels=_FALSE_TRUE,
         written=(False, True),
         target_texts=("", "{span1_text}"),

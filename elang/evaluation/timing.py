@@ -47,6 +47,18 @@ def alternate(
     return seconds
 
 
+def awaited(run: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
+    """The same run; on a GPU it is over when the GPU is."""
+    if device.type != "cuda":
+        return run
+
+    def waits() -> None:
+        run()
+        torch.cuda.synchronize(device)
+
+    return waits
+
+
 def medians(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:
     return {name: median(values) for name, values in seconds.items()}
 

@@ -14,13 +14,15 @@ from evaluation.released import RELEASED, write
 from transformers import AutoModelForSequenceClassification, BertForSequenceClassification, BertModel
 from typer.testing import CliRunner
 
-from elang.calibration import Calibration, calibrate
+from elang.calibration import BatchCosts, Calibration, calibrate
 from elang.cli import app
-from elang.commands import evaluate
 from elang.evaluation import run
+from elang.evaluation.answered import AnsweredRows
+from elang.evaluation.answers import answer_task
 from elang.evaluation.evaluation import Evaluation, Timing
 from elang.evaluation.rows import load_task
-from elang.evaluation.run import answer_task, load_classifier, measure, sweep
+from elang.evaluation.run import load_model, measure, sweep
+from elang.evaluation.tasks import get_task
 
 TARGETS = [int(label == "good") for label in LABELS]
 
@@ -71,10 +73,8 @@ def one_line(result, code):
 
 @pytest.fixture
 def answers(folder, tmp_path):
-    pair = [load_classifier(name, str(folder / name)) for name in ("swift", "super")]
-    (swift, of_swift), (super_, of_super) = pair
-    rows = load_task("sst2", data_dir=folder)
-    return answer_task(swift, super_, rows, (of_swift, of_super), tmp_path / "by hand", task="sst2")
+    pair = [load_model(name, str(folder / name), get_task("sst2")) for name in ("swift", "super")]
+    return answer_task(*pair, load_task("sst2", data_dir=folder), tmp_path / "by hand")
 
 
 # ---- eval
@@ -146,14 +146,15 @@ def test_time(elang):
     )
 
 
-def test_the_joint_models_that_are_timed_decide_as_the_table_says(elang, answers, monkeypatch):
+def test_the_joint_model_that_is_timed_decides_as_the_table_says(elang, answers, monkeypatch):
     threshold = float(np.median(answers.scores["margin"]))
     timed = []
 
-    def time_task(swift, super_, joints, answers, tokenizers):
-        texts = run.encode("swift", swift, tokenizers[0], answers.rows)
-        label = [run.columns_for("super", super_, answers.task).index(i) for i in range(2)]  # of each of its outputs
-        timed.append([label[joints[0](**texts.batch([row])).logits.argmax()] for row in range(len(texts))])
+    def time_task(swift, super_, score, thresholds, answers):
+        (threshold,) = thresholds
+        joint, texts = swift.joined(super_, score, threshold, answers.temperature), swift.encode(answers.rows)
+        label = [super_._columns.index(i) for i in range(2)]  # of each of its outputs
+        timed.append([label[joint(**texts.batch([row])).logits.argmax()] for row in range(len(texts))])
         return Timing(rows=1, batch_size=1, rounds=1, threads=1, swift=1, super=2, joint=(3,))
 
     monkeypatch.setattr(run, "time_task", time_task)
@@ -163,15 +164,14 @@ def test_the_joint_models_that_are_timed_decide_as_the_table_says(elang, answers
     assert joined.tolist() not in (answers.swift.tolist(), answers.super.tolist())
 
 
-def test_default_labels_are_joined_in_the_task_s_order(folder, answers):
-    (swift, of_swift), (super_, of_super) = (load_classifier(n, str(folder / n)) for n in ("swift", "super"))
-    swift.config.id2label = {0: "LABEL_0", 1: "LABEL_1"}
-    pair = evaluate._Pair(swift, super_, (of_swift, of_super))
-    task = answers.task
-    joint = evaluate._joined(pair, answers, "energy", float("-inf"))
-    row = run.encode("swift", swift, of_swift, answers.rows).batch([3])
-    labels = run.columns_for("swift", swift, task).index(int(swift(**row).logits.argmax()))
-    assert run.columns_for("super", super_, task).index(int(joint(**row).logits.argmax())) == labels
+def test_default_labels_are_joined_in_the_task_s_order(folder):
+    swift, super_ = (load_model(name, str(folder / name), get_task("sst2")) for name in ("swift", "super"))
+    swift.model.config.id2label = {0: "LABEL_0", 1: "LABEL_1"}
+    swift = run.task_model("swift", swift.model, swift.tokenizer, swift.task)
+    joint = swift.joined(super_, "energy", float("-inf"), 1.0)
+    row = swift.encode(load_task("sst2", data_dir=folder)).batch([3])
+    label = int(swift.model(**row).logits.argmax())
+    assert super_._columns.index(int(joint(**row).logits.argmax())) == label
 
 
 # ---- calibrate, and eval with what it made
@@ -241,6 +241,121 @@ def test_a_target_that_cannot_be_met_has_an_exit_code_of_its_own(elang, tmp_path
     assert not (tmp_path / "calibration.json").exists()
 
 
+@pytest.mark.parametrize("half", [0, 1])
+def test_temperatures_are_candidates(elang, answers, folder, tmp_path, half):
+    file = tmp_path / "calibration.json"
+    done(elang("calibrate", "--temperatures", ("1,3", "3,1")[half], "-o", file))
+    made = Calibration.load(file)
+    assert len(made.curves) == 2 * len(answers.scores)
+    assert set(made.selection) == set(made.curves)
+    assert {name.partition("@")[2] for name in made.curves} == {"", ("3", "1")[half]}
+    # The unsuffixed names are those of the first temperature.
+    at_three = Calibration.load(file).curves["energy@3" if half == 0 else "energy"]
+    first = load_model("swift", str(folder / "swift"), get_task("sst2"))
+    rows = load_task("sst2", data_dir=folder)
+    scores = first.answer_scored(rows, first.encode(rows), (3.0,))["score.energy"]
+    assert set(at_three.threshold[1:-1]) <= set(scores.tolist())
+
+
+def test_the_temperature_chosen_is_evaluated(elang, answers, tmp_path):
+    file = tmp_path / "calibration.json"
+    done(elang("calibrate", "--temperatures", "2", "--score", "energy", "-o", file))
+    assert Calibration.load(file).temperature == 2.0
+    evaluated = json.loads(done(elang("eval", "--calibration", file, "--json")).stdout)
+    assert evaluated["joint"][0]["swift_ratio"] == pytest.approx(100 * Calibration.load(file).target.share_kept)
+
+
+def test_max_cost_in_flops_and_in_what_was_measured(elang, answers, tmp_path):
+    swift, super_ = answers.swift_flops.mean(), answers.super_flops.mean()
+    budget = swift + 0.5 * super_
+    file = tmp_path / "calibration.json"
+    done(elang("calibrate", "--max-cost", f"{budget:.17g}", "--costs", "flops", "--score", "margin", "-o", file))
+    made = Calibration.load(file)
+    assert made.costs == BatchCosts(unit="FLOPs", rows=1, swift=float(swift), super={1: float(super_)})
+    assert made.target.share_kept >= 0.5
+    by_api = calibrate(
+        answers.scores,
+        answers.swift == TARGETS,
+        answers.super == TARGETS,
+        score="margin",
+        max_cost=budget,
+        costs=made.costs,
+    )
+    assert made.threshold == by_api.threshold
+    prices = BatchCosts(unit="EUR", rows=4, swift=0.4, super={1: 1.0, 4: 2.0})
+    (tmp_path / "prices.json").write_text(prices.model_dump_json())
+    done(elang("calibrate", "--max-cost", "0.5", "--costs", tmp_path / "prices.json", "-o", file))
+    assert Calibration.load(file).costs == prices
+    assert "prices.yaml" in one_line(elang("calibrate", "--max-cost", "1", "--costs", "prices.yaml"), 1)
+
+
+def test_a_calibration_goes_into_the_run_s_folder_where_nothing_else_is_said(elang, tmp_path):
+    done(elang("calibrate"))
+    assert Calibration.load(tmp_path / "out" / "calibration.json").n == len(TARGETS) // 2
+
+
+def test_eval_leaves_all_that_a_report_shows(elang, answers, tmp_path):
+    done(elang("eval", "--threshold", "0.5", "--score", "margin"))
+    left = AnsweredRows.load(tmp_path / "out" / "rows.json")
+    assert left == answers.record(left.command, "margin", [0.5]).model_copy(update={"provenance": left.provenance})
+    assert left.command[:2] == ("elang", "eval") or left.command[1] == "eval"
+    assert left.command[left.command.index("--score") + 1] == "margin"
+    assert "--sweep" not in left.command
+
+
+# ---- the user's own rows
+
+
+@pytest.fixture
+def own(folder, tmp_path):
+    """`elang` on a file: the same rows, and without their labels."""
+    labelled, bare = tmp_path / "mine.csv", tmp_path / "bare.csv"
+    names = ["negative", "positive"]
+    lines = [f"{text},{names[target]}\n" for text, target in zip(TEXTS, TARGETS, strict=True)]
+    labelled.write_text("text,label\n" + "".join(lines))
+    bare.write_text("text\n" + "".join(f"{text}\n" for text in TEXTS))
+
+    def invoke(command, *options, csv=labelled, swift=folder / "swift"):
+        given = [command, "--csv", csv, "--swift", swift, "--super", folder / "super", *options]
+        return CliRunner().invoke(app, [*map(str, given), "--out", str(tmp_path / "out")], env={"COLUMNS": "110"})
+
+    invoke.bare = bare
+    return invoke
+
+
+def test_own_rows_are_calibrated_on_and_evaluated_like_a_task_s(own, elang, tmp_path):
+    of_task = json.loads(done(elang("eval", "--sweep", "--json")).stdout)
+    of_file = json.loads(done(own("eval", "--sweep", "--json")).stdout)
+    for system in ("swift", "super", "joint"):
+        assert of_file[system] == of_task[system]
+    assert of_file["published"] is None
+    assert of_file["provenance"]["data"] == "mine.csv"
+    file = tmp_path / "calibration.json"
+    done(own("calibrate", "--swift-share", "0.5", "--score", "margin", "-o", file))
+    assert Calibration.load(file).target.share_kept == pytest.approx(0.5, abs=0.05)
+    assert "very rows" in done(own("eval", "--calibration", file)).stderr
+
+
+def test_own_rows_without_labels_are_judged_by_super(own, answers, tmp_path):
+    file = tmp_path / "calibration.json"
+    done(own("calibrate", "--agree", "0.4,0.1", "--score", "margin", "-o", file, csv=own.bare))
+    made = Calibration.load(file)
+    by_api = calibrate(answers.scores, disagree=answers.swift != answers.super, score="margin", agree=(0.4, 0.1))
+    assert (made.threshold, made.judged_by) == (by_api.threshold, "super")
+    assert "got no column label, wanted one" in one_line(own("eval", "--sweep", csv=own.bare), 1)
+    message = one_line(own("calibrate", "--selective-error", "0.4,0.1", csv=own.bare), 1)
+    assert "selective_error: got rows that nothing judges one by one" in message
+
+
+def test_a_task_s_options_are_not_a_file_s(own):
+    for options, message in (
+        (("--task", "sst2"), "got both, wanted one of --task, --csv"),
+        (("--split", "train"), "--data-dir, --split: got one beside --csv"),
+    ):
+        result = own("eval", "--sweep", *options)
+        assert (result.exit_code, message in plain(result.stderr)) == (2, True), result.stderr
+
+
 # ---- wrong usage, and what cannot be done
 
 
@@ -252,7 +367,7 @@ def test_a_target_that_cannot_be_met_has_an_exit_code_of_its_own(elang, tmp_path
         (("--threshold", "nan"), "got 'nan', wanted a number"),
         (("--threshold", "high"), "got 'high', wanted a number"),
         (("--sweep", "--temperature", "0"), "got 0, wanted a finite number > 0"),
-        (("--sweep", "--score", "logit"), "--score: got 'logit', wanted one of energy, energy_probs"),
+        (("--sweep", "--score", "sureness"), "--score: got 'sureness', wanted one of energy, energy_probs"),
         (("--sweep", "--split", "test"), "--split: got 'test', wanted one of train, validation"),
         (("--sweep", "--task", "sst3"), "--task: got 'sst3', wanted one of mnli_matched"),
         (("--sweep", "--limit", "0"), "--limit"),
@@ -274,7 +389,10 @@ def test_wrong_usage_of_eval(elang, options, message):
         (("--max-drop", "0"), "got 0, wanted a number in (0, 1)"),
         (("--agree", "0.1"), "got '0.1', wanted ALPHA,DELTA"),
         (("--selective-error", "0.1,2"), "got 2, wanted a number in (0, 1)"),
-        (("--score", "logit"), "--score: got 'logit'"),
+        (("--score", "loudness"), "--score: got 'loudness'"),
+        (("--max-cost", "1"), "--max-cost, --costs: got one of them"),
+        (("--costs", "flops"), "--max-cost, --costs: got one of them"),
+        (("--temperatures", "1,0"), "got 0, wanted a finite number > 0"),
     ],
 )
 def test_wrong_usage_of_calibrate(elang, tmp_path, options, message):
@@ -294,8 +412,9 @@ def test_what_cannot_be_done_is_one_line(elang, folder, tmp_path):
     assert "wanted also label" in one_line(elang("eval", "--sweep", data=data), 1)
     data = write(tmp_path / "empty", {"SST-2/dev.tsv": ""})
     assert "got no rows" in one_line(elang("eval", "--sweep", data=data), 1)
-    data = write(tmp_path / "stsb", RELEASED["stsb"][0])
-    assert "task: got stsb, which is regression" in one_line(elang("eval", "--sweep", task="stsb", data=data), 1)
+    data = write(tmp_path / "wmt", RELEASED["wmt_en_de"][0])
+    message = one_line(elang("eval", "--sweep", task="wmt_en_de", data=data), 1)
+    assert "swift: got a sequence classifier for wmt_en_de, wanted an encoder-decoder" in message
     data = write(tmp_path / "boolq", RELEASED["boolq"][0])
     message = one_line(elang("eval", "--sweep", task="boolq", data=data), 1)
     assert "swift: got a model with the labels positive, negative, wanted false, true as in boolq" in message

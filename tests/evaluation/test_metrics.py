@@ -255,7 +255,7 @@ def test_every_official_metric_is_there():
 
 
 def test_published_figures_fit_their_averages():
-    assert set(PUBLISHED) == {name for name, task in TASKS.items() if task.hub[0] == "nyu-mll/glue"} - {"stsb"}
+    assert set(PUBLISHED) == {name for name, task in TASKS.items() if task.release.hub[0] == "nyu-mll/glue"} - {"stsb"}
     rows = np.array([astuple(figures) for figures in PUBLISHED.values()])
     # Both halves of MNLI count in the mean of qualities, once in that of shares and speed-ups.
     means = [*rows[:, :3].mean(axis=0), *rows[1:, 3:].mean(axis=0)]

@@ -50,7 +50,7 @@ def test_predictions_come_in_the_order_of_the_texts(texts):
 
 def test_scores_are_those_of_the_op(texts):
     model = tiny_models.classifier()
-    logits, scores = predict_scored(model, texts, temperature=1.5, batch_size=4)
+    logits, scores = predict_scored(model, texts, temperatures=[1.5], batch_size=4)
     with torch.no_grad():
         eager = torch.cat([model(**texts.batch([i])).logits for i in range(11)])
         truth = torch.cat([tiny_models.float64_logits(model, **texts.batch([i])) for i in range(11)])

@@ -15,17 +15,17 @@ from rich.console import Console
 from tokenizers import processors
 from torch.utils.flop_counter import FlopCounterMode
 
-from elang import fingerprint, reference
+from elang import backend, fingerprint, reference
 from elang.calibration import Provenance
-from elang.evaluation import run
+from elang.evaluation import answers as answers_module
+from elang.evaluation import classifiers, run
+from elang.evaluation.answers import Answers
 from elang.evaluation.evaluation import Evaluation, Timing
 from elang.evaluation.predict import CLASSIFIER_SCORES
 from elang.evaluation.published import PUBLISHED
 from elang.evaluation.rows import Rows
-from elang.evaluation.run import Answers, answer_task, measure, sweep, time_task
+from elang.evaluation.run import measure, sweep, task_model, time_task
 from elang.evaluation.tasks import get_task
-from elang.joint import JointClassifier
-from elang.router import Router
 
 N = 24
 
@@ -72,6 +72,15 @@ def one_by_one(of, texts, made):
         return torch.cat([of(**made(*row, return_tensors="pt")).logits for row in texts])
 
 
+def pair_on(task, swift, super_, tokenizers):
+    models = zip(("swift", "super"), (swift, super_), tokenizers, strict=True)
+    return [task_model(role, made, reads, get_task(task)) for role, made, reads in models]
+
+
+def answer_task(swift, super_, rows, tokenizers, out, *, task, **options):
+    return answers_module.answer_task(*pair_on(task, swift, super_, tokenizers), rows, out, **options)
+
+
 def refuse(monkeypatch, *models):
     def fail(**_):
         raise OSError("called")
@@ -84,7 +93,7 @@ def refuse(monkeypatch, *models):
 
 
 def test_answers_are_each_models_own_in_the_order_of_the_tasks_labels(swift, super_, both, tmp_path):
-    answers = answer_task(swift, super_, ROWS, both, tmp_path, task="sst2", temperature=1.5, batch_size=5)
+    answers = answer_task(swift, super_, ROWS, both, tmp_path, task="sst2", temperatures=[1.5], batch_size=5)
     logits = one_by_one(swift, ROWS.texts, both[0])
     assert answers.swift.tolist() == (1 - logits.argmax(dim=1)).tolist()
     assert answers.super.tolist() == one_by_one(super_, ROWS.texts, both[0]).argmax(dim=1).tolist()
@@ -147,8 +156,8 @@ def test_answers_say_where_they_come_from(swift, super_, both, tmp_path):
 def test_a_second_run_computes_nothing(swift, super_, both, tmp_path, monkeypatch):
     before = answer_task(swift, super_, ROWS, both, tmp_path, task="sst2")
     refuse(monkeypatch, swift, super_)
-    monkeypatch.setattr(run, "predict_scored", None)
-    monkeypatch.setattr(run, "row_flops", None)
+    monkeypatch.setattr(classifiers, "predict_scored", None)
+    monkeypatch.setattr(classifiers, "row_flops", None)
     after = answer_task(swift, super_, ROWS, both, tmp_path, task="sst2")
     for name in ("swift", "super", "swift_flops", "super_flops"):
         assert getattr(after, name).tolist() == getattr(before, name).tolist()
@@ -161,7 +170,7 @@ def test_an_interrupted_run_goes_on_with_the_model_it_was_at(swift, super_, both
         with pytest.raises(OSError, match="called"):
             answer_task(swift, super_, ROWS, both, tmp_path, task="sst2")
     assert len(list(tmp_path.iterdir())) == 1
-    monkeypatch.setattr(run, "predict_scored", None)
+    monkeypatch.setattr(classifiers, "predict_scored", None)
     answer_task(swift, super_, ROWS, both, tmp_path, task="sst2")
     assert len(list(tmp_path.glob("answers-*.safetensors"))) == 2
 
@@ -172,7 +181,7 @@ def test_a_file_gets_its_name_when_it_is_complete(swift, super_, both, tmp_path,
         raise OSError("disk full")
 
     with monkeypatch.context() as patched:
-        patched.setattr(run, "save_file", tear)
+        patched.setattr(answers_module, "save_file", tear)
         with pytest.raises(OSError, match="disk full"):
             answer_task(swift, super_, ROWS, both, tmp_path, task="sst2")
     assert list(tmp_path.iterdir()) == []
@@ -180,7 +189,7 @@ def test_a_file_gets_its_name_when_it_is_complete(swift, super_, both, tmp_path,
 
 @pytest.mark.parametrize(
     ("change", "files"),
-    [("weights", 1), ("config", 1), ("rows", 2), ("dtype", 1), ("temperature", 1), ("batch_size", 2), ("backend", 1)],
+    [("weights", 1), ("config", 1), ("rows", 2), ("dtype", 1), ("temperatures", 1), ("batch_size", 2), ("backend", 1)],
 )
 def test_answers_of_something_else_are_not_taken(swift, super_, both, tmp_path, monkeypatch, change, files):
     """`files`: 1 for Swift's alone, 2 for both models'."""
@@ -196,10 +205,10 @@ def test_answers_of_something_else_are_not_taken(swift, super_, both, tmp_path, 
     elif change == "rows":
         rows = run.first_rows(ROWS, 5)
     elif change == "backend":
-        real = run.backend.served
-        monkeypatch.setattr(run.backend, "served", lambda *of: real(*of)._replace(backend="another"))
+        real = backend.served
+        monkeypatch.setattr(backend, "served", lambda *of: real(*of)._replace(backend="another"))
     else:
-        options = {change: 7}
+        options = {change: [7.0] if change == "temperatures" else 7}
     answer_task(other, super_, rows, both, tmp_path, task="sst2", **options)
     assert len(list(tmp_path.iterdir())) == 2 + files
 
@@ -207,19 +216,26 @@ def test_answers_of_something_else_are_not_taken(swift, super_, both, tmp_path, 
 # ---- refused
 
 
-@pytest.mark.parametrize("task", ["stsb", "copa", "record", "wmt_en_de"])
-def test_tasks_of_another_kind_are_refused(swift, super_, both, tmp_path, task):
-    with pytest.raises(ValueError, match=f"task: got {task}, .* not supported yet"):
+@pytest.mark.parametrize(
+    ("task", "wanted"),
+    [
+        ("stsb", "26 classes|0.0, 0.2"),
+        ("copa", "one that chooses or an encoder-decoder"),
+        ("record", "one that chooses or an encoder-decoder"),
+        ("wmt_en_de", "wanted an encoder-decoder"),
+    ],
+)
+def test_a_classifier_is_refused_on_tasks_of_another_kind(swift, super_, both, tmp_path, task, wanted):
+    with pytest.raises(ValueError, match=f"swift: got .*({wanted})"):
         answer_task(swift, super_, ROWS, both, tmp_path, task=task)
 
 
-def test_default_labels_are_taken_in_the_tasks_order():
-    assert run.columns_for("swift", model("LABEL_0", "LABEL_1"), get_task("sst2")) == [0, 1]
-    assert run.columns_for("swift", model("Contradiction", "ENTAILMENT", "neutral"), get_task("mnli_matched")) == [
-        1,
-        2,
-        0,
-    ]
+def test_default_labels_are_taken_in_the_tasks_order(super_, both, tmp_path):
+    default, named = (
+        answer_task(model(*labels, seed=3), super_, ROWS, both, tmp_path, task="sst2").swift
+        for labels in (("LABEL_0", "LABEL_1"), ("Positive", "NEGATIVE"))
+    )
+    assert default.tolist() == (1 - named).tolist()
 
 
 @pytest.mark.parametrize("labels", [("bad", "good"), ("LABEL_0", "LABEL_1", "LABEL_2"), ("negative", "negative")])
@@ -233,7 +249,7 @@ def test_labels_that_do_not_match_are_refused(super_, swift, both, tmp_path, lab
 def test_a_regression_head_and_training_mode_and_a_tokenizer_without_padding_are_refused(swift, super_, both, tmp_path):
     with pytest.raises(ValueError, match="swift: a regression head"):
         answer_task(model("LABEL_0"), super_, ROWS, both, tmp_path, task="sst2")
-    with pytest.raises(RuntimeError, match="super_: in training mode"):
+    with pytest.raises(RuntimeError, match="super: in training mode"):
         answer_task(swift, model("negative", "positive").train(), ROWS, both, tmp_path, task="sst2")
     both[1].pad_token = None
     with pytest.raises(ValueError, match="super: got a tokenizer without a padding token"):
@@ -255,6 +271,7 @@ def answered(task="sst2", **columns):
     }
     made |= columns
     arrays = {name: np.array(values) if isinstance(values, list) else values for name, values in made.items()}
+    arrays.setdefault("gate_flops", dict.fromkeys(arrays["scores"], arrays["swift_flops"]))
     targets = [1, 1, 1, 1, 0]
     return Answers(task=get_task(task), rows=rows_of([("a",)] * 5, targets), **arrays)
 
@@ -364,8 +381,8 @@ def test_the_systems_timed_are_the_two_models_and_the_joint_one(swift, super_, b
         return {name: [9.0, float(place), 0.0] for place, name in enumerate(runs, 1)}
 
     monkeypatch.setattr(run, "alternate", clock)
-    joints = [JointClassifier(swift, super_, Router(threshold=t)) for t in (np.inf, threshold)]
-    timing = time_task(swift, super_, joints, answers, both)
+    pair = pair_on("sst2", swift, super_, both)
+    timing = time_task(*pair, "energy", [np.inf, threshold], answers)
     assert batches == [(1, 3)] * N
     assert (timing.swift, timing.super, timing.joint) == (N * 1, N * 2, (N * 3, N * 4))
     assert (timing.rows, timing.batch_size, timing.threads) == (N, 1, torch.get_num_threads())
@@ -375,7 +392,7 @@ def test_the_systems_timed_are_the_two_models_and_the_joint_one(swift, super_, b
     assert joined.tolist() != answers.super.tolist()
 
     labels.clear()
-    timing = time_task(swift, super_, joints[:1], answers, both, rows=3, batch_size=2)
+    timing = time_task(*pair, "energy", [np.inf], answers, rows=3, batch_size=2)
     assert (timing.rows, timing.batch_size, timing.super) == (3, 2, 4)
     assert [label for batch in labels for label in batch["Super"]] == answers.super[[0, 12, 23]].tolist()
 
@@ -384,4 +401,4 @@ def test_models_that_read_different_tokens_are_not_timed(swift, super_, both, tm
     answers = answer_task(swift, super_, ROWS, both, tmp_path, task="sst2")
     both[1].model_max_length = 4
     with pytest.raises(ValueError, match="time: got models that read different tokens"):
-        time_task(swift, super_, [], answers, both)
+        time_task(*pair_on("sst2", swift, super_, both), "energy", [], answers)
