@@ -1,4 +1,4 @@
-"""The command line: `elang demo`, `elang demo seq2seq`, `elang eval`, `elang calibrate`, `elang info`."""
+"""The command line: every command of `elang`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from elang.commands import evaluate, fit_head
+from elang.commands import evaluate, fit_head, report
 from elang.commands.options import one_line
 
 app = typer.Typer(
@@ -20,6 +20,7 @@ app.add_typer(demos, name="demo")
 app.command("eval")(evaluate.eval_)
 app.command()(evaluate.calibrate)
 app.command("fit-head")(fit_head.fit_head)
+app.command()(report.report)
 
 
 @demos.callback(invoke_without_command=True)

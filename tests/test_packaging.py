@@ -47,7 +47,7 @@ def wheel(tmp_path_factory) -> Path:
 def test_wheel_holds_elang_alone(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names} == {"elang", f"elang-{elang.__version__}.dist-info"}
-    for wanted in ("libelang_ops.so", "py.typed", "triton_kernels/__init__.py", "demo/__init__.py"):
+    for wanted in ("libelang_ops.so", "py.typed", "triton_kernels/__init__.py", "demo/__init__.py", "report/page.html"):
         assert f"elang/{wanted}" in names
     assert not any(name.endswith((".cpp", ".h", ".cu", ".cuh")) for name in names)
 
