@@ -15,12 +15,16 @@ if TYPE_CHECKING:
     from elang.calibration import (
         BatchCosts,
         Calibration,
+        CascadeCalibration,
+        CascadeCosts,
         GateCalibration,
         GateCosts,
         InfeasibleTarget,
         calibrate,
+        calibrate_cascade,
         calibrate_gates,
     )
+    from elang.cascade import Cascade
     from elang.energy_head import EnergyHead
     from elang.head_fitting import fit_energy_head
     from elang.joint import JointClassifier
@@ -38,6 +42,9 @@ _HOME = {
     "BatchCosts": "calibration",
     "BudgetController": "monitoring",
     "Calibration": "calibration",
+    "Cascade": "cascade",
+    "CascadeCalibration": "calibration",
+    "CascadeCosts": "calibration",
     "EnergyHead": "energy_head",
     "GateCalibration": "calibration",
     "GateCosts": "calibration",
@@ -50,6 +57,7 @@ _HOME = {
     "Router": "router",
     "VocabEnergy": "reference",
     "calibrate": "calibration",
+    "calibrate_cascade": "calibration",
     "calibrate_gates": "calibration",
     "fit_energy_head": "head_fitting",
     "gather_rows": "ops",
@@ -67,6 +75,9 @@ __all__ = [
     "BatchCosts",
     "BudgetController",
     "Calibration",
+    "Cascade",
+    "CascadeCalibration",
+    "CascadeCosts",
     "EnergyHead",
     "GateCalibration",
     "GateCosts",
@@ -79,6 +90,7 @@ __all__ = [
     "Router",
     "VocabEnergy",
     "calibrate",
+    "calibrate_cascade",
     "calibrate_gates",
     "fit_energy_head",
     "gather_rows",

@@ -28,6 +28,7 @@ from elang.super_model import Reply, SuperModel
 
 Capacity = int | tuple[int, int]  # rows, or a share of the batch: numerator and denominator
 ALL = (1, 1)
+REAL = "row_is_real"  # of a Super that routes itself, an input: [K] bool, False for the copies that fill its batch
 SuperInputs = Callable[[dict[str, Any], Tensor], Mapping[str, Any]]
 
 # Powers of two, and from 8 on the sizes half way: on a GPU 8 rows cost about twice as much as 1, and from there on time
@@ -57,11 +58,12 @@ class Plan:
     buckets: tuple[int, ...] = BUCKETS
     capacity: Capacity | None = None
     counts: Counts | None = None
+    marks_real: bool = False  # whether Super gets `REAL`
 
 
 class Answer(NamedTuple):
     logits: Tensor  # [N, C], in Super's dtype if it was called
-    output: Any  # what Super returned; None if it was not called
+    outputs: tuple[Any, ...]  # what Super returned, as in Reply; none if it was not called
     overflow: Tensor | None = None  # as in Routing
     degraded: Tensor | None = None
 
@@ -131,7 +133,7 @@ def counted(route: Route, inputs: dict[str, Any], plan: Plan, count: Count) -> A
     # Where Super's errors are caught there is a mask, whether or not there were any.
     nobody = torch.zeros_like(route.order, dtype=torch.bool) if plan.super_.guarded else None
     if count.size == 0:
-        return Answer(route.logits, None, None, nobody)
+        return Answer(route.logits, (), None, nobody)
     if count.length is not None:
         inputs = trimmed(inputs, inputs["attention_mask"].shape[1], count.length)
     as_they_are = count.everything and plan.super_inputs is None
@@ -140,12 +142,12 @@ def counted(route: Route, inputs: dict[str, Any], plan: Plan, count: Count) -> A
     if reply.logits is None:
         if plan.counts is not None:
             plan.counts.add_failed(count.n_routed)
-        return Answer(route.logits, None, None, _first(route.order, route.n_routed))
+        return Answer(route.logits, (), None, first(route.order, route.n_routed))
     if count.everything:
         # A copy: a captured graph, say, writes its next answer where this one lies.
-        return Answer(reply.logits.clone(), reply.output, None, nobody)
+        return Answer(reply.logits.clone(), reply.outputs, None, nobody)
     merged = ops.merge_rows(route.logits, reply.logits, route.order, route.n_routed)
-    return Answer(merged, reply.output, None, nobody)
+    return Answer(merged, reply.outputs, None, nobody)
 
 
 def capacity(route: Route, inputs: dict[str, Any], plan: Plan, count: None = None) -> Answer:
@@ -156,18 +158,18 @@ def capacity(route: Route, inputs: dict[str, Any], plan: Plan, count: None = Non
     """
     rows = route.order.shape[0]
     room = capacity_of(plan.capacity, rows)
-    routed = _first(route.order, route.n_routed)
+    routed = first(route.order, route.n_routed)
     order, n_routed = (route.order, route.n_routed) if plan.capacity == ALL else _worst(route.score, routed, room)
-    overflow, degraded = route.n_routed - n_routed, routed & ~_first(order, n_routed)
+    overflow, degraded = route.n_routed - n_routed, routed & ~first(order, n_routed)
     chosen = route._replace(order=order, n_routed=n_routed)
-    reply = _reply(chosen, gathered(chosen, inputs, plan, room), plan, room) if room else Reply(route.logits, None)
+    reply = _reply(chosen, gathered(chosen, inputs, plan, room), plan, room) if room else Reply(route.logits, ())
     failed = None if reply.logits is not None else n_routed
-    if plan.counts is not None:
+    if plan.counts is not None and not torch.compiler.is_exporting():  # a program counts nothing
         plan.counts.add_on_device(rows, route.n_routed, overflow, failed)
         plan.counts.add_batch(room)
     if reply.logits is None or room == 0:
-        return Answer(route.logits, None, overflow, degraded if failed is None else routed)
-    return Answer(ops.merge_rows(route.logits, reply.logits, order, n_routed), reply.output, overflow, degraded)
+        return Answer(route.logits, (), overflow, degraded if failed is None else routed)
+    return Answer(ops.merge_rows(route.logits, reply.logits, order, n_routed), reply.outputs, overflow, degraded)
 
 
 MODES = {
@@ -225,7 +227,7 @@ def _reply(route: Route, inputs: Mapping[str, Any], plan: Plan, rows: int) -> Re
     return plan.super_(inputs, rows, route.logits.shape[1], route.logits.device)
 
 
-def _first(order: Tensor, count: Tensor) -> Tensor:
+def first(order: Tensor, count: Tensor) -> Tensor:
     """[N] bool: the rows order[:count]."""
     slots = torch.arange(order.shape[0], device=order.device)
     return torch.zeros_like(order, dtype=torch.bool).scatter(0, order, slots < count)
@@ -250,9 +252,14 @@ def trimmed(inputs: dict[str, Any], columns: int, length: int) -> dict[str, Any]
 def gathered(route: Route, inputs: dict[str, Any], plan: Plan, size: int) -> Mapping[str, Any]:
     """Super's inputs for `size` rows, the routed ones and copies of the last: every row tensor copied in one call."""
     rows = route.order.shape[0]
+    routed: Mapping[str, Any]
     if plan.super_inputs is not None:
         (padded,) = ops.gather_rows([torch.arange(rows, device=route.order.device)], route.order, route.n_routed, size)
-        return plan.super_inputs(inputs, padded)
-    names = [name for name, v in inputs.items() if isinstance(v, Tensor) and v.dim() > 0 and v.shape[0] == rows]
-    gathered = ops.gather_rows([inputs[name] for name in names], route.order, route.n_routed, size)
-    return {**inputs, **dict(zip(names, gathered, strict=True))}
+        routed = plan.super_inputs(inputs, padded)
+    else:
+        names = [name for name, v in inputs.items() if isinstance(v, Tensor) and v.dim() > 0 and v.shape[0] == rows]
+        gathered = ops.gather_rows([inputs[name] for name in names], route.order, route.n_routed, size)
+        routed = {**inputs, **dict(zip(names, gathered, strict=True))}
+    if not plan.marks_real:
+        return routed
+    return {**routed, REAL: torch.arange(size, device=route.order.device) < route.n_routed}

@@ -105,7 +105,8 @@ class JointClassifier(nn.Module):
         router = contract.router_of(router, swift, super_)
         self.swift = swift
         self.super_ = super_
-        self._models = ("swift", swift), ("super_", super_)  # found without nn.Module's search for attributes
+        # Found without nn.Module's search for attributes.
+        self._models: tuple[tuple[str, Any], ...] = ("swift", swift), ("super_", super_)
         self.dispatch = dispatch
         self.capacity = capacity
         self.counts = Counts()
@@ -173,25 +174,27 @@ class JointClassifier(nn.Module):
         mode = modes.choose() if self.dispatch == "auto" else self.dispatch
         if mode == GRAPH:
             logits, score, order, n_routed = self.graphs(self, inputs)
-            output = overflow = degraded = None
+            outputs: tuple[Any, ...] = ()
+            overflow = degraded = None
         else:
             route = self.decide(inputs)
             of_mode = MODES[mode]
             # Read here and nowhere deeper: this is where a compiled joint model breaks its graph, in two and no more.
             read = modes.read_between_graphs if torch.compiler.is_compiling() else modes.read
             count = None if of_mode.size_of is None else read(of_mode, route, inputs, self.plan)
-            logits, output, overflow, degraded = of_mode.run(route, inputs, self.plan, count)
+            logits, outputs, overflow, degraded = of_mode.run(route, inputs, self.plan, count)
             _, score, order, n_routed = route
         # One dtype whoever answered: under autocast Super answers in another than its own.
         if logits.dtype != (dtype := self.dtype):
             logits = logits.to(dtype)
         loss = None if labels is None else F.cross_entropy(logits, labels.to(logits.device).view(-1))
-        output_class = type(output) if isinstance(output, ModelOutput) else self._output_class
+        kind = type(outputs[0]) if outputs else None
+        output_class = kind if kind is not None and issubclass(kind, ModelOutput) else self._output_class
         answer = output_class(loss=loss, logits=logits)
         if return_dict is False:
             return answer.to_tuple()
         mode = mode if self.backbone.head is not None else f"{mode}+route_logits"
-        answer.routing = Routing(score, order, n_routed, overflow, degraded, mode)
+        answer.routing = self._record(Routing(score, order, n_routed, overflow, degraded, mode), outputs)
         return answer
 
     @torch.no_grad()
@@ -229,6 +232,10 @@ class JointClassifier(nn.Module):
                 "its forward does more after the head than to pick positions, see elang.register_backbone"
             )
         return route if self._permutation is None else route._replace(logits=route.logits[:, self._permutation])
+
+    def _record(self, routing: Routing, outputs: tuple[Any, ...]) -> Any:
+        """What becomes `.routing`, of what was decided here and what Super returned."""
+        return routing
 
     @property
     def stats(self) -> Stats:

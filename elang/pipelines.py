@@ -49,7 +49,7 @@ def pipeline(
     task: str,
     *,
     swift: Source,
-    super: Source | Function,
+    super: Source | Function | JointPipeline,
     head: EnergyHead | str | Path | None = None,
     router: Router | Calibration | str | Path | None = None,
     late: LateRouter | None = None,
@@ -69,7 +69,8 @@ def pipeline(
         task: one of `TASKS`. "text-classification" takes sequence classifiers, and encoder-decoders that write the
             label, in any pairing; the others take encoder-decoders.
         swift: a folder or hub id, of which safetensors are read; or a pair (model, tokenizer).
-        super: the same, or any function from a list of texts to as many.
+        super: the same, or any function from a list of texts to as many; or another pipeline for this task, which makes
+            a cascade: its models answer what Swift does not.
         head, router: gate 1; of a sequence classifier the router alone. A head may be the folder that it was saved in,
             a router a `Calibration` or its file. Moved to Swift's device, the head to its dtype.
         late: gate 2, of an encoder-decoder; moved to Swift's device.
@@ -98,8 +99,12 @@ def pipeline(
         if value is not None and not isinstance(value, kind):
             raise TypeError(f"{name}: got {type(value).__name__}, wanted {kind.__name__}")
     first = reader_of("swift", swift, task, device, generate_kwargs)
-    second: Classifier | Generator | FunctionSuper
-    if callable(super_) and not isinstance(super_, PreTrainedModel):
+    second: Classifier | Generator | FunctionSuper | PipelineSuper
+    if isinstance(super_, JointPipeline):
+        if super_.task != task:
+            raise ValueError(f"super: got a pipeline for {super_.task}, wanted one for {task}")
+        second = PipelineSuper(super_)
+    elif callable(super_) and not isinstance(super_, PreTrainedModel):
         second = FunctionSuper(super_)
     else:
         second = reader_of("super", super_, task, super_device or device, generate_kwargs)
@@ -120,7 +125,7 @@ class JointPipeline:
     A str is answered by a dict; what has a length, by a list of them, with a progress bar on a terminal; any other
     iterable by a generator, which reads a batch when the first answer to it is asked for. Beside the key of the task:
 
-    - `model`: "swift" or "super".
+    - `model`: "swift" or "super"; where Super is a pipeline, "super.swift" or "super.super" and so on.
     - `score`: how probable the answering model finds its answer: a classifier's probability of the label; of generated
       text the geometric mean of its tokens' probabilities, for which the logits of a batch's steps are kept until it is
       done. None for a function.
@@ -183,12 +188,29 @@ class JointPipeline:
         return [
             {
                 TASKS[self.task]: answers[place].text,
-                "model": "super" if place in routed else "swift",
+                "model": (answers[place].model or "super") if place in routed else "swift",
                 "score": answers[place].score,
                 "energy": energy[place],
             }
             for place in texts
         ]
+
+
+@dataclass(frozen=True)
+class PipelineSuper:
+    """A pipeline as the Super of another."""
+
+    pipeline: JointPipeline
+
+    @property
+    def model(self) -> Any:
+        """The last one, by which the thresholds before it were calibrated."""
+        return getattr(self.pipeline.super_, "model", None)
+
+    def answer(self, texts: Texts) -> list[Answer]:
+        key = TASKS[self.pipeline.task]
+        answers = self.pipeline._answers(iter(texts.items()))
+        return [Answer(answer[key], answer["score"], f"super.{answer['model']}") for answer in answers]
 
 
 def _numbered(texts: Iterable[str]) -> Iterator[tuple[int, str]]:

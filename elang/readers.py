@@ -47,6 +47,7 @@ _tokenizing = threading.Lock()
 class Answer(NamedTuple):
     text: str
     score: float | None
+    model: str | None = None  # which, of several behind one reader
 
 
 class Decision(NamedTuple):
@@ -182,7 +183,8 @@ def reader_of(
     else:
         got = ", ".join(type(part).__name__ for part in (source if isinstance(source, tuple) else (source,)))
         raise TypeError(
-            f"{role}: got {got}, wanted a folder or hub id, a pair (model, tokenizer) or, as super, a function"
+            f"{role}: got {got}, wanted a folder or hub id, a pair (model, tokenizer) or, as super, a function or "
+            "a pipeline"
         )
     if tokenizer.pad_token_id is None:
         raise ValueError(f"{role}: got a tokenizer without a padding token, wanted one with it")

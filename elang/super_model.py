@@ -26,7 +26,7 @@ _log = logging.getLogger(__name__)
 
 class Reply(NamedTuple):
     logits: Tensor | None  # [K, C] on the device asked for; None: Super failed, and Swift's answers stand
-    output: Any  # what Super returned; of a batch run in halves, what it returned for the first
+    outputs: tuple[Any, ...]  # what Super returned: of a batch run in halves, for each of them
 
 
 class _Late:
@@ -91,7 +91,7 @@ class SuperModel:
             if self.on_error == "raise":
                 raise
             _log.warning("Super failed on %d rows: Swift's answers stand", rows, exc_info=True)
-            return Reply(None, None)
+            return Reply(None, ())
 
     def _whole_or_in_halves(self, inputs: Mapping[str, Any], rows: int, classes: int, home: torch.device) -> Reply:
         try:
@@ -103,7 +103,8 @@ class SuperModel:
         _log.warning("Super ran out of memory on %d rows: once more in halves", rows)
         torch.cuda.empty_cache()  # nothing without CUDA
         cut = rows // 2
-        logits, output = [], None
+        logits = list[Tensor]()
+        outputs: tuple[Any, ...] = ()
         for begin, end in ((0, cut), (cut, rows)):
             try:
                 half = self.once(_rows_of(inputs, rows, begin, end), end - begin, classes, home)
@@ -113,8 +114,8 @@ class SuperModel:
                 ) from None
             assert half.logits is not None
             logits.append(half.logits.clone())  # Super may write its next answer where this one lies
-            output = half.output if output is None else output
-        return Reply(torch.cat(logits), output)
+            outputs += half.outputs
+        return Reply(torch.cat(logits), outputs)
 
     def once(self, inputs: Mapping[str, Any], rows: int, classes: int, home: torch.device) -> Reply:
         """One call, all of whose errors are the caller's."""
@@ -127,7 +128,7 @@ class SuperModel:
             raise _UnfitType(str(error)) from None
         if logits.shape != (rows, classes):
             raise _UnfitShape(f"super_: got logits {list(logits.shape)} for {rows} rows, wanted [{rows}, {classes}]")
-        return Reply(logits.to(home), output)
+        return Reply(logits.to(home), (output,))
 
 
 class _Unfit(Exception):

@@ -34,7 +34,7 @@ def exact(route: Route, super_: Any, inputs: dict[str, Any], **settings: Any) ->
     mode = dispatch.MODES["exact"]
     answer = mode.run(route, inputs, plan, dispatch.read(mode, route, inputs, plan))
     assert answer.overflow is answer.degraded is None
-    return answer.logits, answer.output
+    return answer.logits, answer.outputs[0] if answer.outputs else None
 
 
 def decide(*routed: int, rows: int = len(LENGTHS)) -> Route:

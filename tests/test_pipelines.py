@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 import math
 import random
@@ -792,3 +793,54 @@ def test_models_in_training_mode_are_refused():
 def test_each_task_has_its_key():
     for task, key in TASKS.items():
         assert next(iter(t5_before(upper, task=task)(TEXTS[0]))) == key
+
+
+def test_a_pipeline_as_super_makes_a_cascade_each_model_behind_its_own_tokenizer():
+    last, own = classifier("x", "y", seed=5), tokenizer("l", 9, size=64)
+    rest = pipeline(
+        "text-classification",
+        swift=(BERT_SUPER, SWIFT_TOKENIZER),
+        super=(last, own),
+        router=Router(threshold=0.0),
+        batch_size=2,
+    )
+    p = pipeline("text-classification", swift=(BERT, BERT_TOKENIZER), super=rest, router=Router(threshold=0.0))
+    first, second = energies(p), energies(rest)
+    for routed, on in itertools.product((0, 3, 6), (0, 2, 6)):
+        route(p, first, routed)
+        route(rest, second, on)
+        before = p.stats, rest.stats
+        want = ["swift" if a >= p.router.threshold else "super.swift" if b >= rest.router.threshold else "super.super"
+                for a, b in zip(first, second, strict=True)]  # fmt: skip
+        answers = p(TEXTS)
+        assert [answer["model"] for answer in answers] == want
+        assert [answer["energy"] for answer in answers] == first
+        pairs = {
+            "swift": (BERT, BERT_TOKENIZER),
+            "super.swift": (BERT_SUPER, SWIFT_TOKENIZER),
+            "super.super": (last, own),
+        }
+        for text, answer in zip(TEXTS, answers, strict=True):
+            model, its_own = pairs[answer["model"]]
+            with torch.no_grad():
+                probability = model(**its_own([text], return_tensors="pt")).logits[0].softmax(-1)
+            assert answer["label"] == model.config.id2label[int(probability.argmax())]
+            assert answer["score"] == pytest.approx(probability.max().item(), abs=1e-5)
+        seen = [now.rows - then.rows for now, then in zip((p.stats, rest.stats), before, strict=True)]
+        assert seen == [6, routed]
+    with pytest.raises(ValueError, match="super: got a pipeline for text-classification, wanted one for translation"):
+        t5_before(rest)
+
+
+def test_gates_before_a_pipeline_are_of_the_last_model():
+    score = np.arange(100, dtype=np.float32)
+    known = {"swift_sha256": fingerprint(BERT), "super_sha256": fingerprint(BERT_SUPER)}
+    c = calibrate({"energy": score}, score > 50, score > 20, swift_share=0.3, provenance=known)
+    last = (BERT_SUPER, SWIFT_TOKENIZER)
+    middle = (classifier("no", "yes", "maybe", seed=7), BERT_TOKENIZER)
+    rest = pipeline("text-classification", swift=middle, super=last, router=Router(threshold=0.0))
+    p = pipeline("text-classification", swift=(BERT, BERT_TOKENIZER), super=rest, router=c)
+    assert p.router.threshold.item() == c.threshold
+    other = pipeline("text-classification", swift=middle, super=middle, router=Router(threshold=0.0))
+    with pytest.raises(ValueError, match="super_: got other weights"):
+        pipeline("text-classification", swift=(BERT, BERT_TOKENIZER), super=other, router=c)

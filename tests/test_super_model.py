@@ -51,7 +51,7 @@ def test_out_of_memory_is_tried_once_more_in_halves(on_error):
         with pytest.raises(torch.OutOfMemoryError, match="no more"):
             SuperModel(model)({"x": x}, 5, 2, HOME)
     else:
-        assert SuperModel(model, on_error="swift")({"x": x}, 5, 2, HOME) == (None, None)
+        assert SuperModel(model, on_error="swift")({"x": x}, 5, 2, HOME) == (None, ())
     assert [rows for rows, _ in model.calls] == [5, 2, 3]
     with pytest.raises(torch.OutOfMemoryError):
         SuperModel(OutOfMemoryAbove(0))({"x": x[:1]}, 1, 2, HOME)

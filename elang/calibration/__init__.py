@@ -3,6 +3,8 @@
 from elang.calibration.artefact import Provenance
 from elang.calibration.bounds import InfeasibleTarget
 from elang.calibration.calibration import Calibration, Curve, Target, calibrate
+from elang.calibration.cascade import CascadeCalibration, calibrate_cascade
+from elang.calibration.cascade_search import CascadeCosts
 from elang.calibration.costs import BatchCosts, GateCosts
 from elang.calibration.gates import GateCalibration, calibrate_gates, gate_outcome
 from elang.calibration.risk import RiskBound
@@ -10,6 +12,8 @@ from elang.calibration.risk import RiskBound
 __all__ = [
     "BatchCosts",
     "Calibration",
+    "CascadeCalibration",
+    "CascadeCosts",
     "Curve",
     "GateCalibration",
     "GateCosts",
@@ -18,6 +22,7 @@ __all__ = [
     "RiskBound",
     "Target",
     "calibrate",
+    "calibrate_cascade",
     "calibrate_gates",
     "gate_outcome",
 ]
