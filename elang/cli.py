@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from elang.commands import evaluate, fit_head, report
+from elang.commands import bench, distill, evaluate, fit_head, report
 from elang.commands.options import one_line
 
 app = typer.Typer(
@@ -20,7 +20,9 @@ app.add_typer(demos, name="demo")
 app.command("eval")(evaluate.eval_)
 app.command()(evaluate.calibrate)
 app.command("fit-head")(fit_head.fit_head)
+app.command()(distill.distill)
 app.command()(report.report)
+app.command()(bench.bench)
 
 
 @demos.callback(invoke_without_command=True)

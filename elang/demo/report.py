@@ -74,6 +74,7 @@ def meaning(rows: Sequence[Row], calibration: Calibration, n_test: int) -> str:
 
 def next_steps(swift: str, super_: str, calibration_file: Path) -> str:
     """How to use what was just calibrated, as code that runs."""
+    out = calibration_file.parent
     return f"""\
 from elang import JointClassifier
 from transformers import AutoModelForSequenceClassification as Model
@@ -84,11 +85,11 @@ joint = JointClassifier(
     {str(calibration_file)!r},
 )  # joint(**tokenizer(texts, padding=True, return_tensors="pt")).logits
 
-The same from the command line, on the test rows, with a page to look at:
-elang eval --csv {calibration_file.parent / "test.csv"} --swift {swift} --super {super_} --calibration {calibration_file} \
-  --out {calibration_file.parent} && elang report {calibration_file.parent} -o report.html
-
 Your own text: elang demo --csv FILE (columns text and label). Your own pair: elang demo --swift ... --super ...
+
+The same from the command line, on the test rows, with a page to look at:
+elang eval --csv {out / "test.csv"} --swift {swift} --super {super_} \
+  --calibration {calibration_file} --out {out} && elang report {out}
 """
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,36 +12,18 @@ import torch
 from numpy.typing import NDArray
 from rich.progress import Progress
 from safetensors.numpy import load_file, save_file
-from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, get_linear_schedule_with_warmup
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from elang.demo.data import ENCODER, Dataset
 from elang.demo.store import fetch, key_of, published
 from elang.demo.workers import Workers
+from elang.distillation import Recipe, autocast, distillation_loss, first_layers, fit
 from elang.evaluation.predict import Encoded, predict
 from elang.progress import Report
 
 MAX_LENGTH = 48  # tokens
 TEACHER_TEMPERATURE = 2.0
-TRAINING_ATTENTION = "eager"  # on sentences the backward of the fused one takes a CPU half as long again
-LENGTH_NOISE = 4.0  # tokens: batches are of similar length, yet not the same every epoch
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a model is made of the encoder's first layers; part of the key that it is cached under."""
-
-    layers: int
-    epochs: int
-    batch_size: int
-    learning_rate: float
-    embedding_rate: float  # learning rate of the word embeddings
-    attention_dropout: float  # drawing its mask is a tenth of a step
-    weight_decay: float = 0.01
-    warm_up: float = 0.1  # share of the steps
-    seed: int = 0
-
 
 SUPER = Recipe(layers=6, epochs=2, batch_size=32, learning_rate=5e-5, embedding_rate=5e-5, attention_dropout=0.0)
 SWIFT = Recipe(layers=1, epochs=2, batch_size=64, learning_rate=2e-4, embedding_rate=5e-4, attention_dropout=0.1)
@@ -107,7 +88,7 @@ def unpack_encoder(cache: Path) -> Path:
 def fine_tune(report: Report, encoder: Path, folder: Path, dataset: Dataset) -> None:
     """Train Super on the labels of the training rows and save it."""
     label2id = {name: i for i, name in enumerate(dataset.label_names)}
-    model, tokenizer = _first_layers(encoder, SUPER, id2label=dict(enumerate(dataset.label_names)), label2id=label2id)
+    model, tokenizer = first_layers(encoder, SUPER, id2label=dict(enumerate(dataset.label_names)), label2id=label2id)
     targets = torch.from_numpy(dataset.train.targets)
     texts = Encoded(tokenizer, dataset.train.texts, MAX_LENGTH)
     fit(model, texts, lambda logits, rows: F.cross_entropy(logits, targets[rows]), SUPER, report)
@@ -121,14 +102,9 @@ def distil(
     lessons: list[str],
     *taught: NDArray[np.float32],  # Super's logits, [N, C] in parts
 ) -> None:
-    """Train Swift on Super's answers (Hinton et al. 2015), from Super's own first layer and head, and save it."""
-    model, tokenizer = _first_layers(teacher, SWIFT)
-    answers = (torch.from_numpy(np.concatenate(taught)) / TEACHER_TEMPERATURE).softmax(dim=1)
-
-    def loss(logits: Tensor, rows: NDArray[np.int64]) -> Tensor:
-        log_p = (logits / TEACHER_TEMPERATURE).log_softmax(dim=1)
-        return TEACHER_TEMPERATURE**2 * F.kl_div(log_p, answers[rows], reduction="batchmean")
-
+    """Train Swift on Super's answers, from Super's own first layer and head, and save it."""
+    model, tokenizer = first_layers(teacher, SWIFT)
+    loss = distillation_loss(np.concatenate(taught), TEACHER_TEMPERATURE)
     fit(model, Encoded(tokenizer, lessons, MAX_LENGTH), loss, SWIFT, report)
     _save(model, tokenizer, folder)
 
@@ -137,66 +113,8 @@ def answer(report: Report, folder: Path, texts: list[str], fast: bool) -> NDArra
     """Logits [N, C] of a saved model; `fast` in the precision of training rather than in that of serving."""
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     encoded = Encoded(AutoTokenizer.from_pretrained(folder), texts, MAX_LENGTH)
-    with _autocast(fast):
+    with autocast(fast):
         return predict(model, encoded, report=report)
-
-
-def fit(
-    model: Any,
-    texts: Encoded,
-    loss: Callable[[Tensor, NDArray[np.int64]], Tensor],  # of float32 logits [B, C] and their rows [B]
-    recipe: Recipe,
-    report: Report,
-) -> None:
-    """AdamW, linear warm-up and decay, batches of similar length."""
-    model.train()
-    embeddings = list(model.get_input_embeddings().parameters())
-    others = [p for p in model.parameters() if all(p is not e for e in embeddings)]
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": others, "lr": recipe.learning_rate, "weight_decay": recipe.weight_decay},
-            {"params": embeddings, "lr": recipe.embedding_rate, "weight_decay": 0.0},
-        ],
-        fused=True,
-    )
-    steps = recipe.epochs * -(-len(texts) // recipe.batch_size)
-    warm_up = int(recipe.warm_up * steps)
-    schedule = get_linear_schedule_with_warmup(optimizer, warm_up, steps)  # type: ignore[no-untyped-call]
-    rng = np.random.default_rng(recipe.seed)
-    done = 0
-    for _ in range(recipe.epochs):
-        batches = list(texts.by_length(recipe.batch_size, noise=rng.uniform(0, LENGTH_NOISE, len(texts))))
-        for i in rng.permutation(len(batches)):
-            with _autocast():
-                logits = model(**texts.batch(batches[i])).logits
-            loss(logits.float(), batches[i]).backward()  # type: ignore[no-untyped-call]
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-            done += 1
-            report(done, steps)
-
-
-def _first_layers(folder: Path, recipe: Recipe, **labels: Any) -> tuple[Any, Any]:
-    """The model to train, its new weights drawn with the recipe's seed, and its tokenizer."""
-    torch.manual_seed(recipe.seed)
-    model = AutoModelForSequenceClassification.from_pretrained(
-        folder,
-        num_hidden_layers=recipe.layers,
-        attention_probs_dropout_prob=recipe.attention_dropout,
-        attn_implementation=TRAINING_ATTENTION,
-        **labels,
-    )
-    return model, AutoTokenizer.from_pretrained(folder)
-
-
-def _autocast(enabled: bool = True) -> torch.autocast:
-    """bfloat16 where the processor multiplies it natively: elsewhere it is slower than float32."""
-    native: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # an older torch cannot tell
-    return torch.autocast(
-        "cpu", torch.bfloat16, enabled=enabled and any(native.get(isa, False) for isa in ("avx512_bf16", "amx_bf16"))
-    )
 
 
 def _save(model: Any, tokenizer: Any, folder: Path) -> None:

@@ -108,7 +108,8 @@ class NaiveCascade:
         score = score_logits(logits, self.router.score, self.router.temperature)
         rows = (~(score >= self.router.threshold)).nonzero().squeeze(1)
         if len(rows):
-            logits[rows] = logits_of(self.super_(**{name: v[rows] for name, v in inputs.items()}))
+            answers = logits_of(self.super_(**{name: v[rows] for name, v in inputs.items()}))
+            logits[rows] = answers.to(logits.dtype)
         return logits
 
 
