@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from elang.commands import bench, distill, evaluate, fit_head, report
+from elang.commands import bench, distill, evaluate, fit_head, report, serve
 from elang.commands.options import one_line
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app.command("fit-head")(fit_head.fit_head)
 app.command()(distill.distill)
 app.command()(report.report)
 app.command()(bench.bench)
+app.command()(serve.serve)
 
 
 @demos.callback(invoke_without_command=True)

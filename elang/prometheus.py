@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from elang.monitoring import Monitor
     from elang.pipelines import JointPipeline
     from elang.seq2seq import JointSeq2Seq
+    from elang.serve.batcher import Batcher
 
-    Joint = JointClassifier | JointPipeline | JointSeq2Seq
+    Joint = JointClassifier | JointPipeline | JointSeq2Seq | Batcher[Any]
 
 # Seconds. The usual ones begin at 5 ms, where a small model has long answered.
 BUCKETS = (5e-5, 1e-4, 2e-4, 5e-4, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
@@ -34,6 +35,8 @@ class Metrics:
     | `elang_rows_total` | `route`: swift, super | rows by the router's decision |
     | `elang_degraded_rows_total` | | rows for Super that Swift answered, for want of room or since Super failed |
     | `elang_super_bucket_total` | `size` | Super's batches by their rows, padding included |
+    | `elang_unanswered_rows_total` | `reason`: busy, cancelled, failed | of an `elang.serve.Batcher`: refused, or given up |
+    | `elang_waiting_rows` | `for`: swift, super | of a batcher, a gauge: rows that a model has not begun |
     | `elang_threshold_info` | `score` | the threshold of each gate, a gauge |
     | `elang_route_seconds` | | histogram of what is timed by the caller: see `watch` |
     | `elang_score` | `le` | histogram of the scores, in tenths of the calibration's; without sum and count |
@@ -109,6 +112,12 @@ class _Families:
         self.batches = CounterMetricFamily(
             "elang_super_bucket", "Batches of Super by their rows, padding included", labels=["model", "size"]
         )
+        self.unanswered = CounterMetricFamily(
+            "elang_unanswered_rows", "Rows that a batcher did not answer", labels=["model", "reason"]
+        )
+        self.waiting = GaugeMetricFamily(
+            "elang_waiting_rows", "Rows that wait in a batcher for a model", labels=["model", "for"]
+        )
         self.threshold = GaugeMetricFamily(
             "elang_threshold_info", "Rows of at least this score stay with Swift", labels=["model", "score"]
         )
@@ -132,6 +141,11 @@ class _Families:
         self.degraded.add_metric([model], stats.degraded)
         for size, batches in stats.buckets.items():
             self.batches.add_metric([model, str(size)], batches)
+        if hasattr(stats, "busy"):  # a batcher's, which stands above this file
+            for reason in ("busy", "cancelled", "failed"):
+                self.unanswered.add_metric([model, reason], getattr(stats, reason))
+            self.waiting.add_metric([model, "swift"], stats.waiting)
+            self.waiting.add_metric([model, "super"], stats.routed_waiting)
         for gate in filter(None, (joint.router, getattr(joint, "late", None))):
             self.threshold.add_metric([model, gate.score], gate.threshold.item())
 
