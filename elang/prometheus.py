@@ -135,7 +135,7 @@ class _Families:
         yield from vars(self).values()
 
     def add_joint(self, model: str, joint: Joint) -> None:
-        stats = joint.stats
+        stats: Any = joint.stats
         self.rows.add_metric([model, "swift"], stats.rows - stats.routed)
         self.rows.add_metric([model, "super"], stats.routed)
         self.degraded.add_metric([model], stats.degraded)

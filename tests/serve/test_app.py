@@ -147,7 +147,7 @@ def test_metrics_are_of_the_batcher():
         text = client.get("/metrics").text
     assert 'elang_rows_total{model="service",route="swift"} 3.0' in text  # one of the warm-up
     assert 'elang_rows_total{model="service",route="super"} 2.0' in text
-    assert 'elang_route_seconds_count{model="service"} 1.0' in text
+    assert 'elang_route_seconds_count{model="service"} 2.0' in text
     assert 'elang_threshold_info{model="service",score="energy"} 5.0' in text
     assert 'elang_unanswered_rows_total{model="service",reason="busy"} 0.0' in text
     assert 'elang_waiting_rows{for="super",model="service"} 0.0' in text
