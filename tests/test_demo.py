@@ -23,7 +23,8 @@ from elang.cli import app
 from elang.demo import data, measure, report, run, store, train
 from elang.demo.data import Rows, movie_reviews, read_csv, split
 from elang.demo.measure import Answered, Clock, Row
-from elang.demo.store import Package, fetch, published
+from elang.demo.store import Package, fetch
+from elang.evaluation.evaluation import Evaluation
 from elang.evaluation.flops import row_flops
 from elang.evaluation.predict import Encoded
 
@@ -204,17 +205,6 @@ def test_a_pair_is_trained_once_and_then_comes_from_the_cache(tmp_path, monkeypa
         train.train_pair(other, tmp_path, Progress(disable=True))
 
 
-def test_an_interrupted_save_leaves_nothing(tmp_path):
-    def interrupted():
-        with published(tmp_path / "model") as folder:
-            (folder / "config.json").write_text("{}")
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        interrupted()
-    assert list(tmp_path.iterdir()) == []
-
-
 # ---- figures and words
 
 
@@ -334,6 +324,21 @@ def test_end_to_end_on_a_csv_and_a_given_pair(tmp_path, pair):
     names: dict[str, object] = {}
     exec(printed, names)
     assert names["joint"].router.threshold.item() == calibration.threshold
+
+    # The same again from the command line, as printed, on the rows that the demo left.
+    printed = text[text.index("elang eval --csv") :].replace("\\\n", "").strip()
+    for command in printed.split(" && "):
+        words = command.split()
+        page = ["-o", str(tmp_path / "report.html")] if words[1] == "report" else []
+        result = CliRunner().invoke(app, [*words[1:], *page])
+        assert result.exit_code == 0, (result.output, result.exception)
+    evaluation = Evaluation.load(tmp_path / "out" / "evaluation.json")
+    assert evaluation.joint[0].threshold == calibration.threshold
+    for ours, theirs in ((evaluation.joint[0], rows[-1]), (evaluation.super, rows[1]), (evaluation.swift, rows[0])):
+        assert ours.quality["accuracy"] == pytest.approx(100 * theirs.accuracy)
+        assert ours.swift_ratio == pytest.approx(100 * (1 - theirs.share_routed))
+        assert ours.flops_speedup == pytest.approx(theirs.flops_speed_up)
+    assert f"{evaluation.joint[0].quality['accuracy']:.1f}" in (tmp_path / "report.html").read_text()
 
 
 def test_labels_are_matched_by_name(tmp_path, pair):

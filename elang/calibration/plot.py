@@ -11,13 +11,14 @@ if TYPE_CHECKING:
     from elang.calibration.calibration import Calibration
     from elang.calibration.gates import GateCalibration
 
+WIDE = 45  # characters of a label, of which two do not stand beside each other
 CHOSEN, GREY = "#1f5fbf", "#6b7280"
 OTHERS = ("#d97706", "#0f9d76", "#b83280", "#7c5cd6", "#8a6d3b", "#0891b2", "#c2410c", "#4d7c0f")
 
 
 def plot_calibration(calibration: Calibration) -> Figure:
     """Every score's curve, the chosen one with its interval and point; random routing, Swift and Super to compare."""
-    figure, axes = _figure()
+    figure, axes = new_figure()
     from matplotlib.ticker import PercentFormatter
 
     c, target = calibration, calibration.target
@@ -41,11 +42,11 @@ def plot_calibration(calibration: Calibration) -> Figure:
         alike.setdefault((curve.share_kept, curve.accuracy), []).append(name)
     colors = itertools.cycle(OTHERS)
     for (share_kept, accuracies), names in alike.items():
-        if c.score not in names:
-            axes.plot(share_kept, accuracies, color=next(colors), linewidth=1, label=" = ".join(names))
+        if c.candidate not in names:
+            axes.plot(share_kept, accuracies, color=next(colors), linewidth=1, label=_joined(names))
 
     chosen = c.curve
-    same = "".join(f" = {name}" for name in alike[chosen.share_kept, chosen.accuracy] if name != c.score)
+    same = [name for name in alike[chosen.share_kept, chosen.accuracy] if name != c.candidate]
     axes.fill_between(
         chosen.share_kept,
         chosen.lower,
@@ -55,7 +56,7 @@ def plot_calibration(calibration: Calibration) -> Figure:
         linewidth=0,
         label=f"{100 * c.confidence:.4g}% interval",
     )
-    axes.plot(chosen.share_kept, chosen.accuracy, color=CHOSEN, linewidth=2.2, label=f"{c.score}{same}")
+    axes.plot(chosen.share_kept, chosen.accuracy, color=CHOSEN, linewidth=2.2, label=_joined([c.candidate, *same]))
     _mark(
         axes,
         (target.share_kept, target.accuracy),
@@ -66,13 +67,19 @@ def plot_calibration(calibration: Calibration) -> Figure:
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.set_xlabel("share of rows kept by Swift")
     axes.set_ylabel("accuracy of the joint model")
-    _finish(figure, axes, f"{c.provenance.data or 'calibration rows'} (n = {c.n})")
+    finish(figure, axes, f"{c.provenance.data or 'calibration rows'} (n = {c.n})")
     return figure
+
+
+def _joined(alike: list[str]) -> str:
+    """Names of scores that rank the rows alike, as many as there is room for."""
+    shown = alike[:5]
+    return " = ".join(shown) + (f" and {len(alike) - len(shown)} more" if len(alike) > len(shown) else "")
 
 
 def plot_gates(calibration: GateCalibration) -> Figure:
     """The best quality for the time of one gate and of two; Swift, Super and random routing between them."""
-    figure, axes = _figure()
+    figure, axes = new_figure()
     c = calibration
     ends = {"Swift": (c.costs.of_swift, c.swift_quality), "Super": (c.costs.of_super, c.super_quality)}
     milliseconds = [1e3 * seconds for seconds, _ in ends.values()]
@@ -89,11 +96,16 @@ def plot_gates(calibration: GateCalibration) -> Figure:
     _mark(axes, (1e3 * c.seconds, c.quality), f"chosen: {c.share_kept:.1%} kept, quality {c.quality:.4g}")
     axes.set_xlabel("milliseconds a row")
     axes.set_ylabel("mean quality of the joint model")
-    _finish(figure, axes, f"{c.provenance.data or 'calibration rows'} (n = {c.n})")
+    finish(figure, axes, f"{c.provenance.data or 'calibration rows'} (n = {c.n})")
     return figure
 
 
-def _figure() -> tuple[Figure, Any]:
+def new_figure() -> tuple[Figure, Any]:
+    """A figure of the size that all have, and its axes.
+
+    Raises:
+        ImportError: there is no matplotlib.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -107,10 +119,12 @@ def _mark(axes: Any, point: tuple[float, float], label: str) -> None:
     axes.plot(*point, "o", color=CHOSEN, label=label, **style)
 
 
-def _finish(figure: Figure, axes: Any, title: str) -> None:
+def finish(figure: Figure, axes: Any, title: str) -> None:
+    """Grid, title and legend, once everything is drawn."""
     axes.grid(color="#e5e7eb", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_title(title, loc="left")
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles[::-1], labels[::-1], loc="outside lower left", ncols=2, frameon=False, fontsize="small")
+    columns = 2 if max(map(len, labels)) < WIDE else 1
+    figure.legend(handles[::-1], labels[::-1], loc="outside lower left", ncols=columns, frameon=False, fontsize="small")

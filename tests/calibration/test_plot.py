@@ -33,6 +33,23 @@ def test_plot_shows_the_curves_the_controls_and_the_chosen_point(calibration):
     assert axes.get_xlabel() == "share of rows kept by Swift"
 
 
+def test_the_legend_has_every_curve_and_fits_however_many_scores_rank_alike():
+    rng = np.random.default_rng(0)
+    ease, other = rng.normal(size=300), rng.random(300)
+    swift, super_ = rng.random(300) < 0.5 + 0.4 * np.tanh(ease), rng.random(300) < 0.85
+    names = ("energy_probs", "energy_centered", "max_prob", "neg_entropy", "margin")
+    scores = {f"{name}{at}": ease for at in ("", "@2", "@3") for name in names}
+    chosen = calibrate({**scores, "energy": other}, swift, super_, score="margin@2", swift_share=0.4)
+    figure = chosen.plot()
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    labels = [text.get_text() for text in legend.get_texts()]
+    assert any(label.startswith("margin@2 = energy_probs = ") and label.endswith(" and 10 more") for label in labels)
+    assert "energy" in labels
+    width = figure.bbox.width
+    assert all(text.get_window_extent().x1 <= width for text in legend.get_texts())
+
+
 def test_plot_is_written_in_the_format_of_its_suffix(calibration, tmp_path):
     calibration.plot(tmp_path / "curve.png")
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
