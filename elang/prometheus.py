@@ -35,7 +35,7 @@ class Metrics:
     | `elang_rows_total` | `route`: swift, super | rows by the router's decision |
     | `elang_degraded_rows_total` | | rows for Super that Swift answered, for want of room or since Super failed |
     | `elang_super_bucket_total` | `size` | Super's batches by their rows, padding included |
-    | `elang_unanswered_rows_total` | `reason`: busy, cancelled, failed | of an `elang.serve.Batcher`: refused, or given up |
+    | `elang_unanswered_rows_total` | `reason`: busy, cancelled, failed | of a batcher: refused, or given up |
     | `elang_waiting_rows` | `for`: swift, super | of a batcher, a gauge: rows that a model has not begun |
     | `elang_threshold_info` | `score` | the threshold of each gate, a gauge |
     | `elang_route_seconds` | | histogram of what is timed by the caller: see `watch` |

@@ -179,17 +179,20 @@ def _reload(batcher: Batcher[str], reload: Callable[[], Calibration]) -> None:
 async def _answered(
     batcher: Batcher[str], texts: Sequence[str], deadline: float | None, request: Request
 ) -> list[Answer]:
-    answering = asyncio.ensure_future(batcher.answer(texts, deadline))
+    try:
+        answering = asyncio.wrap_future(batcher.submit(texts, deadline))
+    except (Busy, Closed) as error:
+        raise HTTPException(503, str(error), {"Retry-After": "1"}) from error
+    except (ValueError, TypeError) as error:
+        raise HTTPException(422, str(error)) from error
     leaving = asyncio.ensure_future(_left(request))
     try:
         await asyncio.wait((answering, leaving), return_when=asyncio.FIRST_COMPLETED)
         if not answering.done():
             raise HTTPException(499, "the client has gone")
         return answering.result()
-    except (Busy, Closed) as error:
+    except Closed as error:
         raise HTTPException(503, str(error), {"Retry-After": "1"}) from error
-    except (ValueError, TypeError) as error:
-        raise HTTPException(422, str(error)) from error
     except HTTPException:
         raise
     except Exception as error:

@@ -217,14 +217,15 @@ def test_no_room_is_a_503_that_says_when_to_come_again():
         assert client.post("/classify", json={"text": ["7", "8"]}).status_code == 200
 
 
-def test_a_model_that_fails_is_a_502_and_serves_again():
+@pytest.mark.parametrize("error", [RuntimeError, ValueError])
+def test_a_model_that_fails_is_a_502_and_serves_again(error):
     def fail(ids):
-        raise RuntimeError("no")
+        raise error("no")
 
     with served() as (client, pair):
         pair.super.fault = fail
         reply = client.post("/classify", json={"text": ["3", "7"]})
-        assert (reply.status_code, reply.json()) == (502, {"detail": "a model failed: RuntimeError"})
+        assert (reply.status_code, reply.json()) == (502, {"detail": f"a model failed: {error.__name__}"})
         assert client.post("/classify", json={"text": "7"}).status_code == 200
         pair.super.fault = None
         assert client.post("/classify", json={"text": "3"}).status_code == 200
