@@ -1,4 +1,4 @@
-"""Argument checks of the ops: each names the argument, what it got and what it wanted.
+"""Argument checks, above all of the ops: each names the argument, what it got and what it wanted.
 
 The compiled ops check for themselves, so a good call never pays for these. They run for the reference and the fakes,
 and once a compiled op has refused, to say why as a ValueError or TypeError.
@@ -7,6 +7,7 @@ and once a compiled op has refused, to say why as a ValueError or TypeError.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any
 
@@ -57,6 +58,12 @@ def temperature(value: Any) -> None:
         raise TypeError(f"temperature: got {value!r}, wanted a float")
     if not 0 < value < math.inf:  # type: ignore[operator]
         raise ValueError(f"temperature: got {value}, wanted a finite number > 0")
+
+
+def each(name: str, values: Sequence[Any], wanted: str, holds: Callable[[Any], bool]) -> None:
+    """Of a sequence: there is a value in it, and `holds` of every one."""
+    if not values or not all(map(holds, values)):
+        raise ValueError(f"{name}: got {', '.join(map(str, values)) or 'none'}, wanted {wanted}")
 
 
 def _check_decision(

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -17,15 +14,6 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.numpy import load_file, save_file
-from torch import Tensor
-from torch.nn import functional as F
-from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    get_linear_schedule_with_warmup,
-)
 
 from elang import backend, checks
 from elang.calibration import InfeasibleTarget, Provenance, calibrate
@@ -39,124 +27,17 @@ from elang.evaluation.tasks import Task
 from elang.evaluation.timing import alternate, medians
 from elang.fingerprint import fingerprint
 from elang.progress import Report, bar
+from elang.store import Columns, kept, key_of, published
 from elang.texts import as_texts, split
+from elang.training import Loss, Recipe, distillation_loss, first_layers, fit
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-TRAINING_ATTENTION = "eager"  # on sentences the backward of the fused one takes a CPU half as long again
-LENGTH_NOISE = 4.0  # tokens: batches are of similar length, yet not the same every epoch
 
 CONFIDENCE = 0.95  # of the intervals
 BATCH_SIZES = (1, 32)  # that are timed
 TIMED_ROWS, ROUNDS = 64, 3
 MADE_OF = "distilled.json"  # in a student's folder: the key of all that made it
-
-# What configs call the dropout of attention, and what they say of every layer by itself.
-_ATTENTION_DROPOUT = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop")
-_LAYER_TYPES = ("layer_types", "mlp_layer_types")
-
-Loss = Callable[[Tensor, NDArray[np.int64]], Tensor]  # of float32 logits [B, C] and their rows [B]
-Columns = dict[str, NDArray[Any]]
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a model is made of another one's first layers; part of the key that it is kept under."""
-
-    layers: int
-    epochs: int
-    batch_size: int
-    learning_rate: float
-    embedding_rate: float  # learning rate of the word embeddings
-    attention_dropout: float | None  # None: the other model's own. Drawing its mask is a tenth of a step
-    weight_decay: float = 0.01
-    warm_up: float = 0.1  # share of the steps
-    seed: int = 0
-
-
-def first_layers(name: str | Path, recipe: Recipe, **settings: Any) -> tuple[Any, Any]:
-    """A float32 classifier of a model's first layers and all that is around them, to train, and the tokenizer.
-
-    Args:
-        name: folder or hub id. Weights that it lacks (a head, of an encoder) are drawn with the recipe's seed.
-        settings: of the config, such as `id2label`.
-
-    Raises:
-        ValueError: a config that cannot have so many layers, or has no dropout of attention.
-    """
-    config = AutoConfig.from_pretrained(name, num_hidden_layers=recipe.layers, **settings)
-    for types in _LAYER_TYPES:
-        if len(getattr(config, types, None) or ()) > recipe.layers:
-            setattr(config, types, getattr(config, types)[: recipe.layers])
-    if recipe.attention_dropout is not None:
-        known = [dropout for dropout in _ATTENTION_DROPOUT if hasattr(config, dropout)]
-        if not known:
-            raise ValueError(
-                f"attention_dropout: got {recipe.attention_dropout} for {name}, whose config has none, wanted None"
-            )
-        setattr(config, known[0], recipe.attention_dropout)
-    type(config).from_dict(config.to_dict())  # a config that cannot be read again is found out before any training
-    torch.manual_seed(recipe.seed)
-    model = AutoModelForSequenceClassification.from_pretrained(
-        name, config=config, attn_implementation=TRAINING_ATTENTION
-    )
-    return model.float(), AutoTokenizer.from_pretrained(name)
-
-
-def distillation_loss(teacher: NDArray[np.float32], temperature: float) -> Loss:
-    """`T**2 * KL(softmax(teacher / T) || softmax(logits / T))`, mean over the rows (Hinton et al. 2015, section 2).
-
-    Args:
-        teacher: logits [N, C] of all rows.
-        temperature: T > 0. T**2 keeps the gradients of one size whatever it is.
-    """
-    answers = (torch.from_numpy(teacher) / temperature).softmax(dim=1)
-
-    def loss(logits: Tensor, rows: NDArray[np.int64]) -> Tensor:
-        log_p = (logits / temperature).log_softmax(dim=1)
-        return temperature**2 * F.kl_div(log_p, answers[rows], reduction="batchmean")
-
-    return loss
-
-
-def fit(model: Any, texts: Encoded, loss: Loss, recipe: Recipe, report: Report) -> None:
-    """AdamW, linear warm-up and decay, batches of similar length; on the CPU."""
-    model.train()
-    embeddings = list(model.get_input_embeddings().parameters())
-    others = [p for p in model.parameters() if all(p is not e for e in embeddings)]
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": others, "lr": recipe.learning_rate, "weight_decay": recipe.weight_decay},
-            {"params": embeddings, "lr": recipe.embedding_rate, "weight_decay": 0.0},
-        ],
-        fused=True,
-    )
-    steps = recipe.epochs * -(-len(texts) // recipe.batch_size)
-    warm_up = int(recipe.warm_up * steps)
-    schedule = get_linear_schedule_with_warmup(optimizer, warm_up, steps)  # type: ignore[no-untyped-call]
-    rng = np.random.default_rng(recipe.seed)
-    done = 0
-    for _ in range(recipe.epochs):
-        batches = list(texts.by_length(recipe.batch_size, noise=rng.uniform(0, LENGTH_NOISE, len(texts))))
-        for i in rng.permutation(len(batches)):
-            with autocast():
-                logits = model(**texts.batch(batches[i])).logits
-            loss(logits.float(), batches[i]).backward()  # type: ignore[no-untyped-call]
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-            done += 1
-            report(done, steps)
-
-
-def autocast(enabled: bool = True) -> torch.autocast:
-    """bfloat16 where the processor multiplies it natively: elsewhere it is slower than float32."""
-    native: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # an older torch cannot tell
-    return torch.autocast(
-        "cpu", torch.bfloat16, enabled=enabled and any(native.get(isa, False) for isa in ("avx512_bf16", "amx_bf16"))
-    )
 
 
 class Student(Record):
@@ -310,7 +191,7 @@ def distill(
     for name in ("_name_or_path", "dtype", "torch_dtype", "transformers_version"):
         config.pop(name, None)
     told = json.dumps(config, sort_keys=True, default=str)
-    key = _key_of(of_super, str(model.dtype), told, lessons.sha256, held_out.sha256)
+    key = key_of(of_super, str(model.dtype), told, lessons.sha256, held_out.sha256)
 
     def answers() -> Columns:
         with bar("Super: answering the texts to learn from") as report:
@@ -319,7 +200,7 @@ def distill(
             asked = predict(model, held_out, report=report)
         return {"lessons": taught, "held_out": asked, "flops": row_flops(model, held_out.lengths)}
 
-    of_texts = _kept(folder / f"super-{key}.safetensors", answers)
+    of_texts = kept(folder / f"super-{key}.safetensors", answers)
     held = _Held(model, held_out, held_out_at.tolist(), key, of_texts["held_out"], of_texts["flops"])
     provenance = Provenance(
         super=str(super_),
@@ -331,7 +212,7 @@ def distill(
     students = []
     for k, found in made_of.items():
         recipe = Recipe(k, epochs, batch_size, learning_rate, learning_rate, attention_dropout=None, seed=seed)
-        wanted = _key_of(key, temperature, asdict(recipe))
+        wanted = key_of(key, temperature, asdict(recipe))
         if found != wanted:
             loss = distillation_loss(of_texts["lessons"], temperature)
             _teach(str(super_), lessons, loss, recipe, model.dtype, folder / f"swift-{k}", wanted)
@@ -356,7 +237,7 @@ def distill(
         students=tuple(students),
         provenance=provenance,
     )
-    with _published(folder / "distillation.json") as unfinished:
+    with published(folder / "distillation.json") as unfinished:
         distillation.save(unfinished)
     return distillation
 
@@ -402,7 +283,7 @@ def _teach(
     with torch.random.fork_rng(devices=[]), bar(f"Swift of {recipe.layers}: learning Super's answers") as report:
         model, tokenizer = first_layers(super_, recipe)
         fit(model, lessons, loss, recipe, report)
-    with _published(folder) as unfinished:
+    with published(folder) as unfinished:
         model.to(dtype).save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
         (unfinished / MADE_OF).write_text(json.dumps({"key": key}) + "\n", encoding="utf-8")
@@ -421,8 +302,8 @@ def _measure(held: _Held, k: int, folder: Path, alpha: float, delta: float, of_s
         scored = {f"score.{name}": values for name, values in scores.items()}
         return {"logits": logits, **scored, "flops": row_flops(swift, held.texts.lengths), **seconds}
 
-    key = _key_of(held.key, of_swift, str(swift.dtype), served, torch.get_num_threads())
-    ours = _kept(folder / f"swift-{k}-{key}.safetensors", answers)
+    key = key_of(held.key, of_swift, str(swift.dtype), served, torch.get_num_threads())
+    ours = kept(folder / f"swift-{k}-{key}.safetensors", answers)
     differ = ours["logits"].argmax(axis=1) != held.logits.argmax(axis=1)
     n, super_flops = len(differ), held.flops.sum()
     lower, upper = wilson_interval((~differ).sum(), n, CONFIDENCE)
@@ -443,11 +324,11 @@ def _measure(held: _Held, k: int, folder: Path, alpha: float, delta: float, of_s
         infeasible = str(error)
         file.unlink(missing_ok=True)  # of another alpha, it would be taken for this one's
     else:
-        with _published(file) as unfinished:
+        with published(file) as unfinished:
             calibration.save(unfinished)
         values = ours[f"score.{calibration.score}"]
-        kept = np.isfinite(values) & (values >= np.float32(calibration.threshold))
-        share, joint = float(kept.mean()), float(super_flops / (ours["flops"].sum() + held.flops[~kept].sum()))
+        sure = np.isfinite(values) & (values >= np.float32(calibration.threshold))
+        share, joint = float(sure.mean()), float(super_flops / (ours["flops"].sum() + held.flops[~sure].sum()))
     return Student(
         layers=k,
         folder=f"swift-{k}",
@@ -485,33 +366,6 @@ def _made_of(folder: Path) -> str | None:
         return str(json.loads((folder / MADE_OF).read_text(encoding="utf-8"))["key"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"out: got {folder}, which is no student of an earlier run, wanted another folder") from error
-
-
-def _key_of(*parts: Any) -> str:
-    """What is kept is kept under a hash of all that made it."""
-    return sha256(json.dumps(parts).encode()).hexdigest()[:16]
-
-
-def _kept(path: Path, compute: Callable[[], Columns]) -> Columns:
-    if not path.exists():
-        with _published(path) as unfinished:
-            save_file(compute(), unfinished)
-    return load_file(path)
-
-
-@contextmanager
-def _published(path: Path) -> Iterator[Path]:
-    """Where to write a file or folder that gets its name when it is complete: an interruption leaves nothing behind."""
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        yield unfinished
-        if path.is_dir():
-            shutil.rmtree(path)
-        unfinished.replace(path)
-    finally:
-        if unfinished.is_dir():
-            shutil.rmtree(unfinished)
-        unfinished.unlink(missing_ok=True)
 
 
 def _parameters(model: Any) -> int:

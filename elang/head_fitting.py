@@ -73,7 +73,8 @@ def fit_energy_head(
         The head; `.fitted` has its record, `.fitted.summary()` in words, `.save(folder)` keeps both.
 
     Raises:
-        ValueError, TypeError: an argument that is not as described, by its name; targets that are all alike.
+        ValueError, TypeError: an argument that is not as described, by its name; targets, or `right`, that are all
+            alike, on all rows or on those that validate.
         RuntimeError: Swift is in training mode.
 
     Source: the energy head of the paper; one output scored by its logit, as logsumexp over "right" and "wrong" tells
@@ -96,6 +97,9 @@ def fit_energy_head(
     if not 0 < held_out < len(rows):
         raise ValueError(f"texts: got {len(rows)} with a token, too few for a validation share of {validation}")
     validating, training = (np.sort(part) for part in np.split(rows, [held_out]))
+    if judged is not None and len(np.unique(judged[validating])) < 2:
+        name, only = "targets" if right is None else "right", judged[validating[0]]
+        raise ValueError(f"{name}: got nothing but {only!s} in the {held_out} rows that validate, wanted some of both")
     with bar("encoder's states", progress) as report:
         where = None if cache is None else Path(cache)
         features = encoder_features(swift, encoded, form, cache=where, batch_size=batch_size, report=report)

@@ -20,14 +20,14 @@ HELD_OUT, MOST_HELD_OUT = 0.1, 2_000
 SMALLEST = 40
 
 
-def read_texts(path: str | Path) -> list[Text]:
+def read_texts(path: str | Path, *, fewest: int = 1) -> list[Text]:
     """A text a line (.txt), or the columns (.csv, with a header) or fields (.jsonl) `text` and, for pairs, `text2`.
 
     UTF-8; empty lines are skipped, other columns and fields left alone.
 
     Raises:
-        ValueError: another kind of file, none of the texts, or a line that has not what the first one has. The message
-            names file and line.
+        ValueError: another kind of file, less than `fewest` texts, or a line that has not what the first one has. The
+            message names file and line.
     """
     path = Path(path)
     if path.suffix not in _READERS:
@@ -36,8 +36,8 @@ def read_texts(path: str | Path) -> list[Text]:
         texts = list(_READERS[path.suffix](path))
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path}: got {error}, wanted {path.suffix} in UTF-8") from error
-    if not texts:
-        raise ValueError(f"{path}: got no texts, wanted at least {SMALLEST}")
+    if len(texts) < fewest:
+        raise ValueError(f"{path}: got {len(texts)} texts, wanted at least {fewest}")
     return texts
 
 

@@ -205,6 +205,21 @@ def test_bad_arguments_are_named(right):
         fit_energy_head(swift, words, MANY, right)
 
 
+def test_rows_to_validate_of_one_kind_are_found_before_anything_is_computed(swift, right, monkeypatch):
+    monkeypatch.setattr("elang.head_fitting.encoder_features", lambda *_, **__: pytest.fail("computes states"))
+    held_out = np.random.default_rng(0).permutation(len(MANY))[: round(0.2 * len(MANY))]
+    alike = np.zeros(len(MANY), bool)
+    alike[np.setdiff1d(np.arange(len(MANY)), held_out)[::2]] = True
+    message = "got nothing but False in the 64 rows that validate, wanted some of both"
+    for name, arguments, options in [
+        ("targets", (alike,), {}),
+        ("right", (right,), {"right": alike}),
+        ("right", (), {"right": alike, "form": "token"}),
+    ]:
+        with pytest.raises(ValueError, match=f"{name}: {message}"):
+            fit_energy_head(swift, tokenizer(), MANY, *arguments, **options)
+
+
 def test_scores_while_fitting_are_those_of_serving(swift, right):
     """`logit` and token-wise energy by plain PyTorch, from weights that saw scaled features while they were fitted."""
     for arguments, form in (((right,), "pooled"), ((), "token")):

@@ -69,13 +69,13 @@ def distill(
         from transformers.utils import logging
 
         from elang import distillation
-        from elang.texts import read_texts
+        from elang.texts import SMALLEST, read_texts
 
         logging.set_verbosity_error()  # type: ignore[no-untyped-call]
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         made = distillation.distill(
             super_,
-            read_texts(data),
+            read_texts(data, fewest=SMALLEST),
             layers,
             output,
             epochs=epochs,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-import re
 import tarfile
 import zipfile
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elang.demo.store import Package, fetch
+from elang.texts import normalised
 
 HELD_OUT = 2_000
 SMALLEST = 40
@@ -149,11 +149,6 @@ def split(
         raise ValueError(f"{name}: no training row has the label {rare}: give it more rows, or leave it out")
     more = [text for text in unlabelled if normalised(text) not in first]
     return Dataset(name, tuple(label_names), train, calibration, test, more)
-
-
-def normalised(text: str) -> str:
-    """Words only, in one case; a text without words is itself."""
-    return " ".join(re.findall(r"\w+", text.casefold())) or text
 
 
 def _rated(archive: bytes, file: str) -> tuple[list[str], NDArray[np.float64]]:

@@ -1,19 +1,14 @@
-"""Where the demos keep what they download and train, and how it gets there."""
+"""Where the demos keep what they download and train, and how downloads get there."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 
 @dataclass(frozen=True)
@@ -45,23 +40,6 @@ def fetch(package: Package, cache: Path) -> Path:
     if got != package.sha256:
         raise ValueError(f"{path}: got sha256 {got}, wanted {package.sha256}: delete the file and start again")
     return path
-
-
-def key_of(*parts: Any) -> str:
-    """What a model is cached under: a hash of all that made it."""
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-
-
-@contextmanager
-def published(folder: Path) -> Iterator[Path]:
-    """A folder to fill, which gets its name when it is complete: an interrupted run leaves nothing half-done behind."""
-    unfinished = Path(tempfile.mkdtemp(dir=folder.parent))
-    try:
-        yield unfinished
-        shutil.rmtree(folder, ignore_errors=True)
-        unfinished.rename(folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _download(package: Package, cache: Path) -> None:

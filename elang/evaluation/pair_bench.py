@@ -1,4 +1,4 @@
-"""What a pair of models costs on this machine, what dispatch takes of it, and what the fused op wins there."""
+"""What a pair of models costs on this machine, and what dispatch takes of it."""
 
 from __future__ import annotations
 
@@ -6,50 +6,31 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from functools import partial
 from itertools import cycle
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from elang import __version__, backend, contract, ops
-from elang.backbones import logits_of
-from elang.calibration.artefact import Artefact, Record
+from elang import checks, contract
+from elang.calibration.artefact import Record
 from elang.calibration.costs import BatchCosts
 from elang.cuda_graph import sizes_of
 from elang.dispatch import BUCKETS, MODES
+from elang.evaluation.machine import Measured, machine, on_threads
 from elang.evaluation.predict import label_columns
-from elang.evaluation.timing import NaiveCascade, alternate, awaited, dispatch_efficiency, medians, routed_inputs
+from elang.evaluation.timing import ROUNDS, NaiveCascade, Stopwatch, dispatch_efficiency, routed_inputs
 from elang.joint import JointClassifier
 from elang.progress import Report, silent
 from elang.router import Router
 
 BATCH_SIZES = (1, 8, 32)
 SHARES = (0.0, 0.12, 0.31, 0.5, 1.0)
-ROWS, LENGTH, ROUNDS = 32, 128, 7
-HEADS, ROWS_OF_HEADS = ((312, 2), (768, 3), (1024, 20)), (1, 8, 64, 512)
-CALLS = 100  # of an op between two looks at the clock
+ROWS, LENGTH = 32, 128
 
 Batch = dict[str, Tensor]
-Clock = Callable[[], float]
-
-
-class Measured(Artefact):
-    """Where and how something was measured."""
-
-    version: Literal[1] = 1
-    device: str
-    threads: int
-    dtype: str
-    rounds: int
-    torch: str = str(torch.__version__)
-    library: str = __version__  # of elang
-    date: str = Field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
 
 
 class Point(Record):
@@ -81,24 +62,6 @@ class PairBench(Measured):
     points: tuple[Point, ...]
 
 
-class RoutePoint(Record):
-    """One head on so many rows. Seconds are of one call."""
-
-    hidden: int  # H
-    classes: int  # C
-    rows: int  # N
-    eager_seconds: float
-    route_seconds: float
-    speedup: float
-
-
-class RouteBench(Measured):
-    """`elang.route` over the eager chain that it fuses: linear, logsumexp, lt, nonzero. Saved as JSON."""
-
-    backend: str  # that serves the op: `elang.backend`
-    points: tuple[RoutePoint, ...]
-
-
 @torch.inference_mode()
 def bench_pair(
     swift: Any,
@@ -112,7 +75,7 @@ def bench_pair(
     threads: int | None = None,
     data: str = "given",
     report: Report = silent,
-    clock: Clock = time.perf_counter,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> PairBench:
     """Time two sequence classifiers and the joint model of the two, eagerly, in one process and in alternation.
 
@@ -137,9 +100,9 @@ def bench_pair(
         RuntimeError: a model is in training mode.
     """
     contract.check_eval(("swift", swift), ("super_", super_))
-    _check("batch_sizes", batch_sizes, "rows >= 1", lambda size: size >= 1)
-    _check("shares", shares, "shares in [0, 1]", lambda share: 0 <= share <= 1)
-    _check("dispatch", dispatch, f"some of {', '.join(MODES)}", lambda mode: mode in MODES)
+    checks.each("batch_sizes", batch_sizes, "rows >= 1", lambda size: size >= 1)
+    checks.each("shares", shares, "shares in [0, 1]", lambda share: 0 <= share <= 1)
+    checks.each("dispatch", dispatch, f"some of {', '.join(MODES)}", lambda mode: mode in MODES)
     _check_rows(inputs, max(batch_sizes))
     device = swift.device
     if super_.device != device:
@@ -157,10 +120,10 @@ def bench_pair(
         done += answered
         report(done, total)
 
-    with _on_threads(threads):
-        pair = _Pair(swift, super_, label_map, _Stopwatch(rounds, clock, device))
+    with on_threads(threads):
+        pair = _Pair(swift, super_, label_map, Stopwatch(rounds, clock, device))
         return PairBench(
-            **_machine(device, swift.dtype, super_.dtype),
+            **machine(device, swift.dtype, super_.dtype),
             rounds=rounds,
             swift=swift.name_or_path or type(swift).__name__,
             super=super_.name_or_path or type(super_).__name__,
@@ -176,61 +139,6 @@ def bench_pair(
         )
 
 
-@torch.inference_mode()
-def bench_route(
-    *,
-    heads: Sequence[tuple[int, int]] = HEADS,
-    rows: Sequence[int] = ROWS_OF_HEADS,
-    rounds: int = ROUNDS,
-    threads: int | None = None,
-    device: torch.device | str = "cpu",
-    report: Report = silent,
-    clock: Clock = time.perf_counter,
-) -> RouteBench:
-    """Time `elang.route` and the eager chain that it fuses, in alternation, on random rows of which half are routed.
-
-    Args:
-        heads: (H, C) of each.
-        rows: N of each.
-        threads: of torch, meanwhile; None: as many as it has.
-
-    Raises:
-        ValueError: no head or rows, H or N below 1, fewer than two classes, rounds or threads below 1.
-    """
-    _check("heads", heads, "(H, C) with H >= 1 and C >= 2", lambda head: head[0] >= 1 and head[1] >= 2)
-    _check("rows", rows, "rows >= 1", lambda n: n >= 1)
-    device = torch.device(device)
-    generator = torch.Generator().manual_seed(0)
-    stopwatch, points = _Stopwatch(rounds, clock, device), []
-    with _on_threads(threads):
-        for width, classes in heads:
-            for n in rows:
-                hidden = torch.randn(n, width, generator=generator).to(device)
-                weight = torch.randn(classes, width, generator=generator).to(device) / width**0.5
-                bias = torch.zeros(classes, device=device)
-                threshold = torch.nn.functional.linear(hidden, weight, bias).logsumexp(dim=1).median().item()
-                calls = {name: partial(op, hidden, weight, bias, threshold) for name, op in _OPS.items()}
-                seconds = stopwatch({name: partial(_repeat, call) for name, call in calls.items()})
-                eager, fused = seconds["eager"] / CALLS, seconds["route"] / CALLS
-                points.append(
-                    RoutePoint(
-                        hidden=width,
-                        classes=classes,
-                        rows=n,
-                        eager_seconds=eager,
-                        route_seconds=fused,
-                        speedup=eager / fused,
-                    )
-                )
-                report(len(points), len(heads) * len(rows))
-        return RouteBench(
-            **_machine(device, torch.float32),
-            rounds=rounds,
-            backend=str(backend.served("route", device.type).backend),
-            points=tuple(points),
-        )
-
-
 def random_rows(
     swift: Any, super_: Any, rows: int = ROWS, *, length: int = LENGTH, ragged: bool = False, seed: int = 0
 ) -> Batch:
@@ -242,8 +150,8 @@ def random_rows(
     Raises:
         ValueError: `rows` or `length` below 1.
     """
-    _check("rows", (rows,), ">= 1", lambda n: n >= 1)
-    _check("length", (length,), ">= 1", lambda n: n >= 1)
+    checks.each("rows", (rows,), ">= 1", lambda n: n >= 1)
+    checks.each("length", (length,), ">= 1", lambda n: n >= 1)
     configs = [model.config for model in (swift, super_)]
     named = [item for config in configs for item in config.to_dict().items()]
     special = {value for name, value in named if name.endswith("_token_id") and isinstance(value, int)}
@@ -260,23 +168,11 @@ def random_rows(
 
 
 @dataclass(frozen=True)
-class _Stopwatch:
-    rounds: int
-    clock: Clock
-    device: torch.device
-
-    def __call__(self, runs: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
-        """Median seconds of each run, in alternation."""
-        waiting = {name: awaited(run, self.device) for name, run in runs.items()}
-        return medians(alternate(waiting, self.rounds, clock=self.clock))
-
-
-@dataclass(frozen=True)
 class _Pair:
     swift: Any
     super_: Any
     label_map: contract.LabelMap
-    stopwatch: _Stopwatch
+    stopwatch: Stopwatch
 
     def costs(self, inputs: Batch, rows: int) -> BatchCosts:
         """On as many rows as the buckets of such a batch."""
@@ -307,7 +203,7 @@ class _Pair:
             room = max(map(len, routed))
             room_of = {mode: room if mode == "capacity" else None for mode in dispatch}
             joints = {mode: self._joint(router, mode, capacity) for mode, capacity in room_of.items()}
-            models = {"swift": self.swift, "naive": NaiveCascade(self.swift, self._super_like_swift, router), **joints}
+            models = {"swift": self.swift, "naive": NaiveCascade(self.swift, self.super_, router), **joints}
             seconds = defaultdict[str, float](float)
             for batch, rows in zip(batches, routed, strict=True):
                 runs = {name: partial(model, **batch) for name, model in models.items()}
@@ -322,10 +218,6 @@ class _Pair:
                 advance(size)
             for mode, joint in joints.items():
                 yield _point(mode, size, joint, seconds, room_of[mode])
-
-    def _super_like_swift(self, **inputs: Tensor) -> Tensor:
-        """For the naive cascade, which puts Super's logits among Swift's."""
-        return logits_of(self.super_(**inputs)).to(self.swift.dtype)
 
     def _joint(self, router: Router, mode: str, capacity: int | None = None) -> JointClassifier:
         return JointClassifier(self.swift, self.super_, router, mode, label_map=self.label_map, capacity=capacity)
@@ -349,20 +241,6 @@ def _point(mode: str, size: int, joint: JointClassifier, seconds: Mapping[str, f
     )
 
 
-def _chain(hidden: Tensor, weight: Tensor, bias: Tensor, threshold: float) -> Any:
-    logits = torch.nn.functional.linear(hidden, weight, bias)
-    score = torch.logsumexp(logits, dim=1)
-    return logits, score, torch.lt(score, threshold).nonzero()
-
-
-_OPS: dict[str, Callable[..., Any]] = {"eager": _chain, "route": ops.route}
-
-
-def _repeat(call: Callable[[], Any]) -> None:
-    for _ in range(CALLS):
-        call()
-
-
 def _answer_next(model: Callable[..., Any], batches: Iterator[Batch]) -> None:
     model(**next(batches))
 
@@ -371,32 +249,6 @@ def _batches(inputs: Batch, size: int) -> list[Batch]:
     """The complete batches of so many rows, each padded to its longest."""
     starts = range(0, len(inputs["attention_mask"]) - size + 1, size)
     return [routed_inputs(inputs, torch.arange(start, start + size)) for start in starts]
-
-
-@contextmanager
-def _on_threads(threads: int | None) -> Iterator[None]:
-    if threads is not None and threads < 1:
-        raise ValueError(f"threads: got {threads}, wanted >= 1")
-    before = torch.get_num_threads()
-    torch.set_num_threads(before if threads is None else threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _machine(device: torch.device, *dtypes: torch.dtype) -> dict[str, Any]:
-    on_cpu = f"cpu ({torch.backends.cpu.get_cpu_capability()})"
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else on_cpu,
-        "threads": torch.get_num_threads(),
-        "dtype": ", ".join(dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in dtypes)),
-    }
-
-
-def _check(name: str, values: Sequence[Any], wanted: str, holds: Callable[[Any], bool]) -> None:
-    if not values or not all(map(holds, values)):
-        raise ValueError(f"{name}: got {', '.join(map(str, values)) or 'none'}, wanted {wanted}")
 
 
 def _check_rows(inputs: Mapping[str, Tensor], most: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch import Tensor
 from elang.backbones import logits_of
 from elang.reference import score_logits
 from elang.router import Router
+
+ROUNDS = 7  # of a benchmark
 
 
 def alternate(
@@ -61,6 +64,20 @@ def awaited(run: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
 
 def medians(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:
     return {name: median(values) for name, values in seconds.items()}
+
+
+@dataclass(frozen=True)
+class Stopwatch:
+    """Times runs in alternation, each until the device is done with it."""
+
+    rounds: int
+    clock: Callable[[], float]
+    device: torch.device
+
+    def __call__(self, runs: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
+        """Median seconds of each run."""
+        waiting = {name: awaited(run, self.device) for name, run in runs.items()}
+        return medians(alternate(waiting, self.rounds, clock=self.clock))
 
 
 def eta(super_seconds: float, joint_seconds: float, super_flops: float, joint_flops: float) -> float:

@@ -13,8 +13,10 @@ from typer.testing import CliRunner
 from elang.calibration import BatchCosts
 from elang.commands import bench as command
 from elang.dispatch import MODES
-from elang.evaluation import pair_bench
-from elang.evaluation.pair_bench import PairBench, Point, RouteBench, RoutePoint
+from elang.evaluation import bench_report, pair_bench, route_bench
+from elang.evaluation.pair_bench import PairBench, Point
+from elang.evaluation.route_bench import RouteBench, RoutePoint
+from elang.evaluation.timing import ROUNDS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -102,7 +104,7 @@ def called(monkeypatch):
         return call
 
     monkeypatch.setattr(pair_bench, "bench_pair", answer("pair", PAIR))
-    monkeypatch.setattr(pair_bench, "bench_route", answer("route", ROUTE))
+    monkeypatch.setattr(route_bench, "bench_route", answer("route", ROUTE))
     return calls
 
 
@@ -169,12 +171,12 @@ def test_every_option_of_a_pair_is_taken(elang, pair, called):
 def test_what_is_not_given_is_left_to_the_api(elang, pair, called):
     done(elang(*pair))
     (_, _, inputs), asked = called["pair"]
-    assert asked == {"rounds": pair_bench.ROUNDS, "threads": None, "data": "random tokens"}
+    assert asked == {"rounds": ROUNDS, "threads": None, "data": "random tokens"}
     assert inputs["input_ids"].shape == (32, 128)
     done(elang(*pair, "--batch-size", "40,2"))
     assert called["pair"][0][2]["input_ids"].shape == (40, 128)
     done(elang())
-    assert called["route"] == ((), {"rounds": pair_bench.ROUNDS, "threads": None, "device": "cpu"})
+    assert called["route"] == ((), {"rounds": ROUNDS, "threads": None, "device": "cpu"})
 
 
 def test_rows_of_a_file_are_read_in_place_of_random_ones(elang, pair, called, folder):
@@ -218,7 +220,7 @@ def test_the_plot_is_of_speed_ups_beside_the_ideal_ones(elang, pair, called, tmp
     result = done(elang(*pair, "--plot", file))
     assert file.read_bytes().startswith(b"\x89PNG")
     assert str(file) in plain(result.stdout).replace(" ", "")
-    (axes,) = command._figure(PAIR).axes
+    (axes,) = bench_report.plot_pair(PAIR).axes
     drawn = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines}
     assert drawn["batch 1: ideal"] == ([0, 1], pytest.approx([1 / 0.1, 1 / (0.1 + 0.9)]))
     assert drawn["batch 1: exact"] == ([0, 1], pytest.approx([8, 0.625]))
@@ -336,7 +338,7 @@ def test_help_has_an_example_and_the_defaults(elang):
     said = plain(done(result).output)
     example = next(line for line in result.output.splitlines() if "Example: elang bench" in line)
     assert all(option in result.output.replace(example, "") for option in example.split() if option.startswith("-"))
-    defaults = (pair_bench.BATCH_SIZES, pair_bench.ROWS_OF_HEADS, [f"{h}x{c}" for h, c in pair_bench.HEADS])
+    defaults = (pair_bench.BATCH_SIZES, route_bench.ROWS, [f"{h}x{c}" for h, c in route_bench.HEADS])
     for values in (*defaults, [f"{share:g}".removeprefix("0") or "0" for share in pair_bench.SHARES]):
         assert ",".join(map(str, values)) in said
     assert all(f"{value}" in said for value in (pair_bench.ROWS, pair_bench.LENGTH, *MODES))

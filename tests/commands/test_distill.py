@@ -127,10 +127,12 @@ def test_wrong_usage(elang, options, message):
 
 def test_what_cannot_be_done_is_one_line(elang, folder, tmp_path):
     assert "elang distill: layers: got [2], wanted numbers from 1 to 1: Super has 2" in one_line(elang(layers="2"))
-    (tmp_path / "few.csv").write_text("text\n" + "\n".join(TEXTS[:9]))
-    assert "texts: got 9 distinct ones, wanted at least 40" in one_line(elang(data=tmp_path / "few.csv"))
+    (tmp_path / "alike.csv").write_text("text\n" + "\n".join(TEXTS[:9] * 5))
+    assert "texts: got 9 distinct ones, wanted at least 40" in one_line(elang(data=tmp_path / "alike.csv"))
+    (tmp_path / "few.txt").write_text("\n".join(TEXTS[:9]))
+    assert "few.txt: got 9 texts, wanted at least 40" in one_line(elang(data=tmp_path / "few.txt"))
     (tmp_path / "empty.txt").write_text("")
-    assert "empty.txt: got no texts" in one_line(elang(data=tmp_path / "empty.txt"))
+    assert "empty.txt: got 0 texts, wanted at least 40" in one_line(elang(data=tmp_path / "empty.txt"))
     (tmp_path / "torn.jsonl").write_text('{"text": "one"}\n{')
     assert "torn.jsonl, line 2: got" in one_line(elang(data=tmp_path / "torn.jsonl"))
     assert "elang distill: super: got" in one_line(elang(super_=tmp_path / "nothing"))

@@ -9,9 +9,9 @@ import torch
 import transformers
 from transformers import BertModel
 
-from elang import JointClassifier, Router, calibrate, fingerprint, ops
-from elang.evaluation import pair_bench
-from elang.evaluation.pair_bench import CALLS, PairBench, RouteBench, bench_pair, bench_route, random_rows
+from elang import JointClassifier, Router, calibrate, fingerprint
+from elang.evaluation import timing
+from elang.evaluation.pair_bench import PairBench, bench_pair, random_rows
 from elang.evaluation.timing import NaiveCascade
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -166,10 +166,8 @@ def test_the_share_is_the_one_that_was_measured(swift, super_):
 
 def test_what_always_runs_super_has_a_turn_of_its_own(swift, super_, monkeypatch):
     turns = []
-    alternate = pair_bench.alternate
-    monkeypatch.setattr(
-        pair_bench, "alternate", lambda runs, *a, **k: turns.append([*runs]) or alternate(runs, *a, **k)
-    )
+    alternate = timing.alternate
+    monkeypatch.setattr(timing, "alternate", lambda runs, *a, **k: turns.append([*runs]) or alternate(runs, *a, **k))
     inputs = random_rows(swift, super_, 2, length=3)
     bench_pair(swift, super_, inputs, batch_sizes=[2], shares=[0, 1], rounds=1)
     parts, apart = ["swift", "naive", "exact", "bucket"], ["super", "capacity"]
@@ -178,7 +176,7 @@ def test_what_always_runs_super_has_a_turn_of_its_own(swift, super_, monkeypatch
 
 def test_everything_timed_waits_for_its_device(swift, super_, monkeypatch):
     waited = []
-    monkeypatch.setattr(pair_bench, "awaited", lambda run, device: waited.append(device) or run)
+    monkeypatch.setattr(timing, "awaited", lambda run, device: waited.append(device) or run)
     inputs = random_rows(swift, super_, 2, length=3)
     bench_pair(swift, super_, inputs, batch_sizes=[2], shares=[1], rounds=1)
     assert waited == [torch.device("cpu")] * (3 + 5 + 2)
@@ -223,7 +221,6 @@ def test_models_threads_and_random_numbers_stay_as_they_were(swift, super_, monk
     inputs = random_rows(swift, super_, 2, length=3, ragged=True)
     given = {name: value.clone() for name, value in inputs.items()}
     assert bench_pair(swift, super_, inputs, batch_sizes=[2], shares=[1], rounds=1, threads=3).threads == 3
-    assert bench_route(heads=[(8, 2)], rows=[2], rounds=1, threads=3).threads == 3
     assert all(torch.equal(inputs[name], value) for name, value in given.items())
     assert not any(module.training for model in (swift, super_) for module in model.modules())
     monkeypatch.setattr(BertModel, "forward", None)
@@ -344,73 +341,3 @@ def test_rows_for_the_classifier_of_an_encoder_decoder_end_as_it_wants(swift):
 def test_no_rows_and_no_tokens_are_refused(swift, super_, change):
     with pytest.raises(ValueError, match=f"{next(iter(change))}: got 0, wanted >= 1"):
         random_rows(swift, super_, **change)
-
-
-# ---- the op alone
-
-
-def test_the_op_against_its_chain_by_hand(monkeypatch, tmp_path):
-    seen, progress, now = [], [], [0.0]
-
-    def of(name, seconds):
-        def op(hidden, weight, bias, threshold):
-            seen.append((name, tuple(hidden.shape), tuple(weight.shape)))
-            now[0] += seconds
-
-        return op
-
-    monkeypatch.setattr(pair_bench, "_OPS", {"eager": of("eager", 3.0), "route": of("route", 0.5)})
-    found = bench_route(
-        heads=[(4, 2), (6, 3)],
-        rows=[1, 5],
-        rounds=3,
-        threads=2,
-        clock=lambda: now[0],
-        report=lambda *each: progress.append(each),
-    )
-    assert [(p.hidden, p.classes, p.rows) for p in found.points] == [(4, 2, 1), (4, 2, 5), (6, 3, 1), (6, 3, 5)]
-    assert {(p.eager_seconds, p.route_seconds, p.speedup) for p in found.points} == {(3.0, 0.5, 6.0)}
-    assert seen.count(("route", (5, 6), (3, 6))) == CALLS * 4
-    assert (found.rounds, found.threads, found.dtype) == (3, 2, "float32")
-    assert progress == [(1, 4), (2, 4), (3, 4), (4, 4)]
-    found.save(tmp_path / "bench.json")
-    assert RouteBench.load(tmp_path / "bench.json") == found
-
-
-def test_op_and_chain_do_the_same_work(monkeypatch):
-    given = []
-
-    def chain(*arguments):
-        given.append(arguments)
-        return pair_bench._chain(*arguments)
-
-    monkeypatch.setattr(pair_bench, "CALLS", 1)
-    monkeypatch.setattr(pair_bench, "_OPS", {"eager": chain, "route": ops.route})
-    bench_route(heads=[(16, 3)], rows=[9], rounds=1)
-    logits, score, routed = pair_bench._chain(*given[0])
-    route = ops.route(*given[0])
-    torch.testing.assert_close(route.logits, logits)
-    torch.testing.assert_close(route.score, score)
-    assert route.order[: int(route.n_routed)].tolist() == routed.squeeze(1).tolist()
-    assert len(routed) == 4
-
-
-def test_the_op_that_is_timed_is_the_one_that_is_public():
-    assert pair_bench._OPS["route"] is ops.route
-    assert pair_bench._OPS["eager"] is pair_bench._chain
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"heads": []}, "heads: got none"),
-        ({"heads": [(0, 2)]}, r"heads: got \(0, 2\), wanted \(H, C\) with H >= 1 and C >= 2"),
-        ({"heads": [(8, 1)]}, r"heads: got \(8, 1\)"),
-        ({"rows": [0]}, "rows: got 0, wanted rows >= 1"),
-        ({"rounds": 0}, "rounds: got 0"),
-        ({"threads": 0}, "threads: got 0"),
-    ],
-)
-def test_what_is_refused_of_the_op(change, message):
-    with pytest.raises(ValueError, match=message):
-        bench_route(**{"heads": [(8, 2)], "rows": [1], **change})
