@@ -31,7 +31,6 @@ import torch
 from measure import microseconds
 from ray import serve
 from rich.console import Console
-from rich.table import Table
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 from wire import HOST, Client
@@ -157,11 +156,7 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder, local_ray() as port:
         cells = [bench(name, port, Path(folder), options.rounds, options.seconds) for name in SUPERS]
-    table = Table("Super", "hop over a row of Super: p50", "p99", "apart over together: p50", "p99", "requests/s")
-    for cell in cells:
-        figures = (*cell["hop_over_super"].values(), *cell["apart_over_together"].values())
-        table.add_row(cell["super"], *(f"{figure:.2f}" for figure in figures))
-    Console().print(table)
+    report.SECTIONS["ray"](Console(), cells)
     if options.save:
         report.save({"ray": cells}, report.results_file("ray"), "python benches/bench_ray.py --save")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import math
 import os
@@ -42,6 +43,9 @@ PEER_BAR, MATRIX_BAR, HEAD_BANDWIDTH_BAR = 1.0, 0.75, 0.80
 # On a GPU: dispatch efficiency, speed-up over the naive cascade up to 16 rows, microseconds past a graphed Swift and an
 # empty branch where nothing is routed.
 GRAPH_EFFICIENCY_BARS, GRAPH_NAIVE_BAR, GRAPH_OVERHEAD_BAR = {"graph": 0.95, "exact": 0.85}, 1.5, 5.0
+# Services: their names, and the rates of the table, in times of what Super alone answers at most.
+SERVE_NAMES = {"elang": "elang serve", "super": "Super alone", "naive": "naive cascade"}
+SERVE_RATES = (0.5, 0.9, 1.3)
 NAIVE_BARS = {4: 1.12, 16: 1.05, 64: 1.0}  # batch -> the least speed-up over the naive cascade on ragged batches
 
 
@@ -59,7 +63,7 @@ def _git_sha() -> str:
 
 
 def _device(path: Path) -> dict[str, Any]:
-    if path.stem == "cpu":
+    if path.stem in ("cpu", *SERVICE_BENCHES):
         return {"device": _cpu(), "threads": 1, "isa": torch.backends.cpu.get_cpu_capability()}
     driver = []
     if smi := shutil.which("nvidia-smi"):
@@ -74,10 +78,13 @@ def _device(path: Path) -> dict[str, Any]:
 
 
 CPU_BENCHES = ("route", "vocab", "joint", "modes", "nothing_routed", "seq2seq")
+SERVICE_BENCHES = ("soak", "serve", "ray")
 
 
 def results_file(bench: str = "") -> Path:
-    """Where a bench's results go: results/cpu.json, or a file named for the GPU."""
+    """Where a bench's results go: results/cpu.json, a file named for the GPU, or one of the bench's own."""
+    if bench in SERVICE_BENCHES:
+        return RESULTS / f"{bench}.json"
     if bench in CPU_BENCHES or not torch.cuda.is_available():
         return RESULTS / "cpu.json"
     return RESULTS / f"{torch.cuda.get_device_name(0).lower().replace(' ', '-')}.json"
@@ -329,7 +336,71 @@ def _checks(console: Console, cells: list[dict[str, Any]]) -> None:
     console.print(table)
 
 
+def _soak(console: Console, cells: list[dict[str, Any]]) -> None:
+    table = _table(
+        *("through", "clients", "rows", "requests", "rows/s", "by Swift", "by Super", "degraded", "cancelled"),
+        *("failed", "refused", "rows of Super's batches", "MiB for 1e5 rows", "wrong"),
+    )
+    for c in cells:
+        counts = (c["counts"].get(name, 0) for name in ("swift", "super", "degraded", "cancelled", "failed", "refused"))
+        table.add_row(
+            c["way"], str(c["clients"]), str(c["counts"]["rows"]), str(c["counts"]["requests"]),
+            f"{c['counts']['rows'] / c['seconds']:.0f}", *map(str, counts), f"{_mean_rows(c['super_batches']):.1f}",
+            _mark_most(c["memory"]["slope"], c["memory"]["bar"]), str(sum(c["problems"].values())),
+        )  # fmt: skip
+    console.print(table)
+
+
+def _serve(console: Console, cells: list[dict[str, Any]]) -> None:
+    table = _table(
+        *("requests/s", "of Super's most", "service", "answered/s", "p50 ms", "p90 ms", "p99 ms"),
+        *("sent, refused, unanswered", "rows of Super's batches", "accuracy %", "offline %", "differ"),
+    )
+    for c in (c for c in cells if c["relative_rate"] in SERVE_RATES):
+        sizes = f"{_mean_rows(c['super_batches']):.2f}" if c["service"] == "elang" else "1"
+        table.add_row(
+            f"{c['rate']:.1f}", f"{c['relative_rate']:g}", SERVE_NAMES[c["service"]], f"{c['throughput']:.1f}",
+            *(f"{c['latency_ms'][q]:.1f}" for q in ("p50", "p90", "p99")),
+            ", ".join(str(c[name]) for name in ("sent", "refused", "unanswered")), sizes,
+            f"{100 * c['accuracy']:.2f}", f"{100 * c['offline_accuracy']:.2f}", str(c["differ"]),
+        )  # fmt: skip
+    console.print(table)
+    for name, title in SERVE_NAMES.items():
+        mine = sorted((c for c in cells if c["service"] == name), key=lambda c: c["rate"])
+        kept = list(itertools.takewhile(_within_limit, mine))
+        limit = f"p99 within {mine[0]['limit_ms']:g} ms"
+        if not kept:
+            console.print(f"{title}: {limit} at none of the rates")
+            continue
+        knee = kept[-1]
+        shown = ", ".join(f"{q} {knee['latency_ms'][q]:.1f} ms" for q in ("p50", "p99"))
+        sizes = f", Super's batches {_mean_rows(knee['super_batches']):.2f} rows" if name == "elang" else ""
+        more = "" if len(kept) < len(mine) else ", the highest rate asked"
+        console.print(f"{title}: {limit} up to {knee['rate']:.1f} requests/s{more}: {shown}{sizes}")
+
+
+def _ray(console: Console, cells: list[dict[str, Any]]) -> None:
+    table = _table("Super", "a call over a row of Super, p50", "p99", "apart over together, p50", "p99", "requests/s")
+    for cell in cells:
+        figures = (*cell["hop_over_super"].values(), *cell["apart_over_together"].values())
+        table.add_row(cell["super"], *(f"{figure:.2f}" for figure in figures))
+    console.print(table)
+
+
+def _within_limit(cell: dict[str, Any]) -> bool:
+    return cell["latency_ms"]["p99"] <= cell["limit_ms"] and not cell["refused"] and not cell["unanswered"]
+
+
+def _mean_rows(batches: dict[Any, int]) -> float:
+    """Of batches by their rows, which JSON has made strings."""
+    rows = sum(int(size) * count for size, count in batches.items())
+    return rows / sum(batches.values()) if batches else math.nan
+
+
 SECTIONS = {
+    "soak": _soak,
+    "serve": _serve,
+    "ray": _ray,
     "check": _checks,
     "route": _route,
     "vocab": _vocab,
