@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 from elang.commands import bench, distill, evaluate, fit_head, report, serve
-from elang.commands.options import one_line
+from elang.commands.options import AsJson, one_line
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Energy-routed inference: Swift first, Super if need be."
@@ -45,6 +48,7 @@ def demo(
     out: Annotated[Path, typer.Option(file_okay=False, help="Folder for calibration.json and curve.png.")] = Path(
         "demo_output"
     ),
+    as_json: AsJson = False,
 ) -> None:
     """Train, calibrate and measure a Swift in front of a Super on real text, and say what came of it.
 
@@ -52,16 +56,22 @@ def demo(
     on them, Swift its first layer distilled from Super. They contain most of the SST-2 development set word for word:
     never evaluate these models on SST-2. Training on their 6 600 rows takes about five minutes the first time, on two
     cores; on your rows, in proportion. Downloads and models are kept in ~/.cache/elang, or $ELANG_CACHE.
+
+    Example: elang demo --csv reviews.csv --out reviews
     """
     if context.invoked_subcommand is not None:
-        if csv or swift or super_:
-            raise typer.BadParameter("--csv, --swift and --super are for `elang demo` alone")
+        if csv or swift or super_ or as_json:
+            raise typer.BadParameter(
+                "--csv, --swift, --super and --json stand for `elang demo` alone: got seq2seq behind them"
+            )
         context.obj = out
         return
     from elang.demo import run
 
     with one_line("elang demo"):
-        run(out, csv=csv, swift=swift, super_=super_)
+        rows = run(out, csv=csv, swift=swift, super_=super_, console=_console(as_json))
+        if as_json:
+            typer.echo(json.dumps([asdict(row) for row in rows], indent=2))
 
 
 @demos.command()
@@ -70,6 +80,7 @@ def seq2seq(
     out: Annotated[
         Path | None, typer.Option(file_okay=False, help="Folder for the gates, the energy head and the plots.")
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Two encoder-decoders that say English words, and the gates between them.
 
@@ -77,16 +88,31 @@ def seq2seq(
     energy head on Swift's encoder, fitted here too, says before anything is decoded which words Super should say, and
     token probabilities say it afterwards: all of them compared, one gate and two, in quality, FLOPs and time. The first
     run takes up to ten minutes on two cores. Downloads and models are kept in ~/.cache/elang, or $ELANG_CACHE.
+
+    Example: elang demo seq2seq --out words
     """
     from elang.demo.seq2seq import run
 
     with one_line("elang demo seq2seq"):
-        run(out or context.obj / "seq2seq")
+        gates = run(out or context.obj / "seq2seq", console=_console(as_json))
+        if as_json:
+            typer.echo(gates.model_dump_json(indent=2))
 
 
 @app.command()
-def info() -> None:
-    """What is installed, which devices there are, and which backend serves each op and why."""
-    from elang.info import main
+def info(as_json: AsJson = False) -> None:
+    """What is installed, which devices there are, and which backend serves each op and why.
 
-    main()
+    Example: elang info --json
+    """
+    from elang.info import collect, main
+
+    if as_json:
+        typer.echo(json.dumps(collect(), indent=2))
+    else:
+        main()
+
+
+def _console(as_json: bool) -> Console:
+    """Where words and bars go: with JSON on stdout, to stderr."""
+    return Console(stderr=as_json)

@@ -387,6 +387,36 @@ def test_an_error_is_one_line_and_exit_code_1(tmp_path):
     assert "Traceback" not in result.output
 
 
+def test_json_is_all_there_is_on_stdout(tmp_path, pair):
+    result = CliRunner().invoke(
+        app,
+        [
+            *("demo", "--csv", str(save_csv(tmp_path / "rows.csv")), "--out", str(tmp_path / "out"), "--json"),
+            *("--swift", pair["swift"], "--super", pair["super_"]),
+        ],
+    )
+    assert result.exit_code == 0, (result.output, result.exception)
+    rows = json.loads(result.stdout)
+    assert [row["name"] for row in rows][:2] == ["Swift", "Super"]
+    assert rows[1]["flops_speed_up"] == 1
+    assert "What does this mean?" in result.stderr
+    assert json.loads(CliRunner().invoke(app, ["info", "--json"]).stdout)["elang"]
+    result = CliRunner().invoke(app, ["demo", "--json", "seq2seq"], env={"COLUMNS": "200"})
+    assert (result.exit_code, "stand for `elang demo` alone" in result.output) == (2, True)
+
+
+COMMANDS = ("eval", "calibrate", "fit-head", "distill", "report", "bench", "serve")
+
+
+@pytest.mark.parametrize("command", [["demo"], ["demo", "seq2seq"], ["info"], *([name] for name in COMMANDS)])
+def test_every_command_has_an_example(command):
+    result = CliRunner().invoke(app, [*command, "--help"], env={"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"})
+    assert result.exit_code == 0
+    (example,) = (line for line in result.output.splitlines() if f"elang {' '.join(command)} " in line)
+    given = [word for word in example.split() if word.startswith("-")]
+    assert all(option in result.output.replace(example, "") for option in given)
+
+
 def test_info():
     result = CliRunner().invoke(app, ["info"])
     assert result.exit_code == 0
