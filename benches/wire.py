@@ -69,7 +69,9 @@ def _serve(listening: socket.socket, core: int | None, app: Callable[..., FastAP
     torch.set_num_threads(1)
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     logging.getLogger("elang").setLevel(logging.ERROR)
-    uvicorn.Server(uvicorn.Config(app(*arguments), log_level="error", access_log=False)).run(sockets=[listening])
+    # A client may leave a connection idle for as long as a bench takes.
+    config = uvicorn.Config(app(*arguments), log_level="error", access_log=False, timeout_keep_alive=3600)
+    uvicorn.Server(config).run(sockets=[listening])
 
 
 def _ready(server: Server) -> bool:
