@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Annotated
@@ -75,8 +76,9 @@ def serve(
             raise ImportError("elang serve needs uvicorn: pip install 'elang[serve]'") from error
         if threads is not None:
             torch.set_num_threads(threads)
-        router = calibration if threshold is None else Router(score or "energy", threshold=threshold)
-        assert router is not None, "one of the two is given"
+        of_file = None if calibration is None else Calibration.load(calibration)
+        monitor = None if of_file is None else of_file.monitor()
+        router = of_file or Router(score or "energy", threshold=-math.inf if threshold is None else threshold)
         batcher = text_batcher(
             swift=swift,
             super=super_,
@@ -89,6 +91,7 @@ def serve(
             super_batch=super_batch,
             super_wait=super_wait_us / 1e6,
             queue_rows=queue_rows,
+            on_route=None if monitor is None else monitor.update,
         )
         try:
             batcher.submit([WARM_UP]).result()
@@ -106,5 +109,6 @@ def serve(
             ),
             token=os.environ.get(TOKEN) or None,
             reload=None if calibration is None else lambda: Calibration.load(calibration),
+            monitor=monitor,
         )
         uvicorn.run(service, host=host, port=port, log_level="info")

@@ -36,6 +36,7 @@ try:
 except ImportError as error:
     raise ImportError("elang.serve.app needs FastAPI: pip install 'elang[serve]'") from error
 
+from elang.monitoring import Monitor
 from elang.prometheus import Metrics
 
 _log = logging.getLogger(__name__)
@@ -48,6 +49,7 @@ def create_app(
     limits: Limits | None = None,
     token: str | None = None,
     reload: Callable[[], Calibration] | None = None,
+    monitor: Monitor | None = None,
     registry: CollectorRegistry | None = None,
 ) -> FastAPI:
     """The service of a batcher, which drains and closes when the service stops.
@@ -70,11 +72,12 @@ def create_app(
         warm_up: texts that both models answer before the service is ready.
         token: of `Authorization: Bearer`, to move the threshold.
         reload: reads the calibration anew.
+        monitor: that counts what the batcher decides (`on_route=monitor.update`), to be exported with it.
         registry: that the metrics go to and `/metrics` serves; None: one of its own.
     """
     limits = Limits() if limits is None else limits
     registry = CollectorRegistry() if registry is None else registry
-    seconds = Metrics(registry).watch("service", batcher)
+    seconds = Metrics(registry).watch("service", batcher, monitor)
     ready = threading.Event()
 
     @asynccontextmanager

@@ -386,6 +386,8 @@ def test_elang_serve(saved, tmp_path):
             assert client.get("/readyz").status_code == 200
             answers = client.post("/classify", json={"text": TEXTS}).json()["answers"]
             assert [(answer["label"], answer["model"]) for answer in answers] == wanted
+            rows = len(TEXTS) + 3  # of the warm-up
+            assert f'elang_score_bucket{{le="+Inf",model="service"}} {float(rows)}' in client.get("/metrics").text
             file.write_bytes((folder / "none.json").read_bytes())
             process.send_signal(signal.SIGHUP)
             until(lambda: client.get("/threshold").json()["threshold"] == "-inf")
