@@ -62,7 +62,7 @@ def demo(
     if context.invoked_subcommand is not None:
         if csv or swift or super_ or as_json:
             raise typer.BadParameter(
-                "--csv, --swift, --super and --json stand for `elang demo` alone: got seq2seq behind them"
+                "--csv, --swift, --super and --json are for `elang demo` alone"
             )
         context.obj = out
         return

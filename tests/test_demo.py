@@ -402,7 +402,7 @@ def test_json_is_all_there_is_on_stdout(tmp_path, pair):
     assert "What does this mean?" in result.stderr
     assert json.loads(CliRunner().invoke(app, ["info", "--json"]).stdout)["elang"]
     result = CliRunner().invoke(app, ["demo", "--json", "seq2seq"], env={"COLUMNS": "200"})
-    assert (result.exit_code, "stand for `elang demo` alone" in result.output) == (2, True)
+    assert (result.exit_code, "are for `elang demo` alone" in result.output) == (2, True)
 
 
 COMMANDS = ("eval", "calibrate", "fit-head", "distill", "report", "bench", "serve")
