@@ -61,9 +61,7 @@ def demo(
     """
     if context.invoked_subcommand is not None:
         if csv or swift or super_ or as_json:
-            raise typer.BadParameter(
-                "--csv, --swift, --super and --json are for `elang demo` alone"
-            )
+            raise typer.BadParameter("--csv, --swift, --super and --json are for `elang demo` alone")
         context.obj = out
         return
     from elang.demo import run
