@@ -38,7 +38,8 @@ async def open_loop(port: int, texts: Sequence[str], rate: float, seconds: float
     bodies = [json.dumps({"text": texts[row]}).encode() for row in rows]
     late, latency, status = np.zeros(count), np.zeros(count), np.full(count, NONE)
     labels, idle, free = [""] * count, list[Client](), asyncio.Semaphore(CONNECTIONS)
-    due = time.perf_counter() + 0.1 + np.cumsum(chance.exponential(1 / rate, count))
+    # A Poisson process of so many arrivals: given their number, they are anywhere, independently of each other.
+    due = time.perf_counter() + 0.1 + np.sort(chance.uniform(0, seconds, count))
 
     async def ask(i: int) -> None:
         async with free:
