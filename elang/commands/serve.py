@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from pathlib import Path
 from typing import Annotated
@@ -78,7 +77,12 @@ def serve(
             torch.set_num_threads(threads)
         of_file = None if calibration is None else Calibration.load(calibration)
         monitor = None if of_file is None else of_file.monitor()
-        router = of_file or Router(score or "energy", threshold=-math.inf if threshold is None else threshold)
+        router: Calibration | Router
+        if of_file is not None:
+            router = of_file
+        else:
+            assert threshold is not None, "one of the two is given"
+            router = Router(score or "energy", threshold=threshold)
         batcher = text_batcher(
             swift=swift,
             super=super_,

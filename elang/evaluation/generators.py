@@ -117,11 +117,8 @@ class Generator(TaskModel):
         return columns
 
     def values(self, rows: Rows, columns: Columns) -> Values:
-        return read_predictions(self.task, self.texts(columns), rows)
-
-    def texts(self, columns: Columns) -> list[str]:
-        written: list[str] = self.tokenizer.batch_decode(columns["tokens"], skip_special_tokens=True)
-        return written
+        texts = self.tokenizer.batch_decode(columns["tokens"], skip_special_tokens=True)
+        return read_predictions(self.task, texts, rows)
 
     def joined(self, super_: TaskModel, score: str, threshold: float, temperature: float) -> Any:
         if not isinstance(super_, Generator):

@@ -95,9 +95,5 @@ class TaskModel(ABC):
         """The call that has this model, or a joint one, answer a batch of the rows."""
         return partial(model, **batch)
 
-    def texts(self, columns: Columns) -> list[str] | None:
-        """What was written, word for word; None: nothing was."""
-        return None
-
     def _encoded(self, texts: Sequence[str], second_texts: Sequence[str] | None = None) -> Encoded:
         return Encoded(self.tokenizer, texts, longest_input(self.tokenizer, self.model.config), second_texts)

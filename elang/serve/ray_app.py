@@ -82,7 +82,7 @@ class RemoteSuper:
     config: Any
 
     def __call__(self, **inputs: Any) -> Any:
-        raise NotImplementedError("its rows go to the deployment `Super`, one by one")
+        raise RuntimeError("called here, though its rows go to the deployment `Super`")
 
 
 class Apart:
